@@ -1,0 +1,868 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.1", "mujoco==3.17.0",
+#   "dm_control==1.0.50", "shimmy>=2.0", "tyro>=0.9", "numpy>=1.26", "tensorboard>=2.18",
+#   "tqdm>=4.66"]
+# ///
+"""Model-Based Policy Optimization (MBPO): SAC on data that a learned model makes.
+
+Janner et al. 2019, "When to Trust Your Model: Model-Based Policy Optimization", arXiv 1906.08253.
+An ensemble of E Gaussian networks, bootstrapped, learns state change and reward as one vector:
+
+    target        y = [s' - s, r]
+    model         p_e(y | s, a) = N(mu_e(x), diag sigma_e^2(x)),   x = (s, a) at unit scale
+    loss          sum_e E[(mu_e - y)^2 / sigma_e^2 + log sigma_e^2], mean over dimensions
+    prediction    s' = s + y[:-1],  r = y[-1],   y ~ p_e, e drawn anew among the elites
+    rollouts      from real states with actions of the policy fill the synthetic buffer
+    SAC           as in sac.py, on batches of 5 % real and 95 % synthetic transitions
+
+    python mbpo.py --env-id dmc/walker-run --seed 3
+
+Differs from sac.py in: the ensemble, its rollouts, where batches come from, 20 updates per step.
+
+Sources of defaults: MBPO is the first paper above, SAC is arXiv 1812.05905; J is the original
+MBPO code, github.com/jannerm/mbpo; S is FTFL's authors', github.com/CLeARoboticsLab/STFL.
+"""
+
+import difflib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+# ==================================== arguments ====================================
+@dataclass
+class Args:
+    """Every field is a flag."""
+
+    env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, or a Gymnasium id
+    seed: int = 1  # seed of weights, noise and environments
+    total_timesteps: int = 500_000  # environment steps (S)
+    learning_starts: int = 10_000  # environment steps of uniform random actions, counted (S)
+    updates_per_step: int = 20  # SAC updates per environment step (MBPO, table 1; J, S)
+    ensemble_size: int = 7  # networks in the ensemble (MBPO, table 1; J, S)
+    num_elites: int = 5  # networks that rollouts draw from, those of least holdout error (J, S)
+    model_hidden: int = 200  # units in each of the four hidden layers (MBPO, table 1; J, S)
+    model_lr: float = 1e-3  # Adam step size of the ensemble (J)
+    model_train_frequency: int = 250  # environment steps between fits (J, S)
+    model_max_updates: int | None = None  # gradient steps per fit; None stops by holdout alone (J)
+    model_patience: int = 5  # epochs that no network improves by 1 % before a fit ends (J)
+    holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
+    rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
+    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # START END FROM TO: horizon grows
+    # from FROM steps at environment step START to TO steps at END (MBPO, table 1); default 1 (S)
+    real_ratio: float = 0.05  # share of real transitions in a SAC batch (MBPO; J, S)
+    never_terminates: bool = False  # the task has no termination (for ids not in TERMINATIONS)
+    batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
+    gamma: float = 0.99  # discount factor (SAC, table 1; J, S)
+    tau: float = 0.005  # step of the target networks towards the critics (SAC, table 1; J, S)
+    policy_lr: float = 3e-4  # Adam step size of the actor (SAC, table 1; J, S)
+    q_lr: float = 3e-4  # Adam step size of critics and temperature (SAC, table 1; J, S)
+    autotune: bool = True  # learn the temperature (SAC, section 5; J, S)
+    alpha: float = 1.0  # temperature to start from (J, S), or to keep with --no-autotune
+    target_entropy: float | None = None  # nats; None is -(action dimensions) / 2 (S)
+    buffer_size: int = 1_000_000  # real transitions kept (SAC, table 1; J, S)
+    eval_frequency: int = 5_000  # environment steps between evaluations, 0 for none (S)
+    eval_episodes: int = 10  # episodes with deterministic actions per evaluation (S)
+    checkpoint_frequency: int = 10_000  # environment steps between checkpoints, 0 for none
+    run_root: str = "runs"  # folder of the run folders (CleanRL)
+    exp_name: str = Path(__file__).stem  # middle part of the run folder's name (CleanRL)
+    device: str = "auto"  # auto (CUDA where there is one, else CPU), cpu, cuda or mps
+    compile: bool = True  # compile the updates with torch.compile
+    track: bool = False  # log to Weights & Biases as well (CleanRL)
+    wandb_project_name: str = "mbrl"  # project at Weights & Biases (CleanRL)
+    wandb_entity: str | None = None  # team at Weights & Biases (CleanRL)
+    capture_video: bool = False  # record the first episode of every evaluation (CleanRL)
+    resume: bool = False  # go on from the checkpoint in the run folder
+    overwrite: bool = False  # discard the run that the run folder holds
+
+
+class InputError(ValueError):
+    """What was asked for can't be done; the message is one line that says what to do."""
+
+
+def check_args(args: Args) -> None:
+    """Raises InputError for a value out of its range, and for what this machine lacks."""
+    counts = "total_timesteps learning_starts updates_per_step batch_size buffer_size eval_episodes"
+    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    devices = ["auto", "cpu", *(name for name in accelerators if accelerators[name].is_available())]
+    for names, holds, wanted in [
+        (counts, lambda x: x >= 1, "at least 1"),
+        ("seed eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
+        ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        ("policy_lr q_lr alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
+        ("device", lambda x: x in devices, f"one of {', '.join(devices)} on this machine"),
+        ("exp_name", lambda x: x and "/" not in x, "a name without /"),
+        ("ensemble_size model_hidden model_train_frequency", lambda x: x >= 1, "at least 1"),
+        ("model_patience rollouts_per_step", lambda x: x >= 1, "at least 1"),
+        ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
+        ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
+        ("model_lr", lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
+        ("learning_starts", lambda x: x * args.holdout_ratio >= 1, "enough for a holdout"),
+        ("real_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
+        ("rollout_schedule", lambda x: 0 <= x[0] <= x[1], "steps START <= END"),
+        ("rollout_schedule", lambda x: min(x[2:]) >= 1, "horizons FROM and TO of at least 1"),
+    ]:
+        for name in names.split():
+            if not holds(value := getattr(args, name)):
+                raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+    for flag, package in [("track", "wandb"), ("capture_video", "moviepy")]:
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise InputError(f"--{flag.replace('_', '-')} needs a package: pip install {package}")
+
+
+# =================================== environment ===================================
+HIDDEN_PARTS = {  # of the observation; J keeps positions and velocities, 27 and 45 dimensions
+    "Ant-v5": ["cfrc_ext"],
+    "Humanoid-v5": ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"],
+}
+
+
+def make_env(env_id: str, render: bool = False) -> gym.Env:
+    """The task with flat observations [S] and actions in [-1, 1]^A; no action is repeated.
+
+    Episodes end at the task's own time limit, or after 1,000 steps where it sets none.
+    Raises InputError for an unknown id, and for spaces that the scripts can't train on.
+    """
+    name, box = env_id, gym.spaces.Box
+    kwargs = {f"include_{part}_in_observation": False for part in HIDDEN_PARTS.get(env_id, [])}
+    kwargs |= {"render_mode": "rgb_array"} if render else {}
+    if env_id.startswith("dmc/"):
+        import shimmy  # noqa: F401  (registers the suite as dm_control/<domain>-<task>-v0)
+
+        name = f"dm_control/{env_id.removeprefix('dmc/')}-v0"
+        kwargs |= {"render_kwargs": {"camera_id": 0}} if render else {}
+    try:
+        limit = gym.spec(name).max_episode_steps or 1000
+        env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:
+        from dm_control.suite import ALL_TASKS
+
+        known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in ALL_TASKS)]
+        near = " or ".join(difflib.get_close_matches(env_id, known) or ["dmc/walker-run"])
+        unknown = isinstance(error, gym.error.UnregisteredEnv)
+        reason = f"no such task; did you mean {near}?" if unknown else str(error).splitlines()[0]
+        raise InputError(f"--env-id {env_id}: {reason}") from None
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    actions, states = env.action_space, env.observation_space
+    bounded = (
+        isinstance(actions, box) and max(abs(actions.low).max(), abs(actions.high).max()) < 1e9
+    )
+    if not bounded or not isinstance(states, box) or len(states.shape) != 1:
+        wanted = "actions must be a bounded Box and observations vectors"
+        raise InputError(f"--env-id {env_id}: {wanted}, not {actions} and {states}")
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def never(s, a, s_next) -> Tensor:
+    """For tasks that only end at a time limit."""
+    return torch.zeros(s_next.shape[:-1], dtype=torch.bool, device=s_next.device)
+
+
+def tip_height(s: Tensor) -> Tensor:
+    """Height [...] of the tip of InvertedDoublePendulum, whose poles are 0.6 m long."""
+    sin1, sin2, cos1, cos2 = s[..., 1:5].unbind(-1)
+    return 0.6 * (cos1 + cos1 * cos2 - sin1 * sin2)
+
+
+# Does (s, a, s') terminate? One function per Gymnasium task, after `is_healthy` and `step` there.
+TERMINATIONS = {
+    "Hopper": lambda s, a, s_next: (
+        ~(
+            (s_next[..., 0] > 0.7)
+            & (s_next[..., 1].abs() < 0.2)
+            & (s_next[..., 1:].abs() < 100).all(-1)
+        )
+    ),
+    "Walker2d": lambda s, a, s_next: (
+        ~((s_next[..., 0] > 0.8) & (s_next[..., 0] < 2) & (s_next[..., 1].abs() < 1))
+    ),
+    "Ant": lambda s, a, s_next: (
+        ~(s_next.isfinite().all(-1) & (s_next[..., 0] >= 0.2) & (s_next[..., 0] <= 1))
+    ),
+    "Humanoid": lambda s, a, s_next: ~((s_next[..., 0] > 1) & (s_next[..., 0] < 2)),
+    "InvertedPendulum": lambda s, a, s_next: (
+        ~(s_next.isfinite().all(-1) & (s_next[..., 1].abs() <= 0.2))
+    ),
+    "InvertedDoublePendulum": lambda s, a, s_next: ~(tip_height(s_next) > 1),
+    **dict.fromkeys(["HalfCheetah", "Swimmer", "Reacher", "Pusher"], never),
+}
+
+
+def termination_function(args: Args):
+    """The function (s, a, s') -> terminated of the task; raises InputError where there is none."""
+    if args.never_terminates or args.env_id.startswith("dmc/"):  # the suite's tasks never do
+        return never
+    if (task := args.env_id.split("-v")[0]) not in TERMINATIONS:
+        remedy = "give --never-terminates if it has none, or add it to TERMINATIONS in this file"
+        raise InputError(f"--env-id {args.env_id}: termination unknown to the model: {remedy}")
+    return TERMINATIONS[task]
+
+
+def check_termination(
+    terminates, env_id: str, obs: np.ndarray, action, next_obs, terminated: bool, step: int
+) -> None:
+    """Raises InputError if a real transition, in float64, does not end as `terminates` says.
+
+    InvertedDoublePendulum measures its tip in the last stage of a Runge-Kutta step, some 1e-5 m
+    from that of s': there the answer may be that of 1 % of a step earlier or later.
+    """
+    slack = 0.01 if env_id.startswith("InvertedDoublePendulum") else 0.0
+    for shift in (0.0, slack, -slack):
+        states = (obs, action, next_obs + shift * (next_obs - obs))
+        if bool(terminates(*map(torch.as_tensor, states))) == terminated:
+            return
+    fault = f"terminated is {terminated} at step {step} in the environment, not in TERMINATIONS"
+    raise InputError(f"--env-id {env_id}: {fault}; next state {next_obs.tolist()}")
+
+
+def derive_seed(*numbers: int) -> int:
+    """One 32-bit seed from several numbers, such as (seed, stream, episode)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def check_finite(step: int, **quantities) -> None:
+    """Raises FloatingPointError, naming quantity and step, for a number that is not finite."""
+    for name, value in quantities.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
+
+
+# ================================== replay buffer ==================================
+class Batch(NamedTuple):
+    """Transitions, taken apart; ... stands for any batch shape."""
+
+    obs: Tensor  # [..., S]
+    action: Tensor  # [..., A], in [-1, 1]
+    reward: Tensor  # [...]
+    next_obs: Tensor  # [..., S]
+    terminated: Tensor  # [...], 1 where the task ended the episode, 0 at a time limit
+
+
+class ReplayBuffer:
+    """Ring of the last `capacity` transitions, one row [s, a, r, s', terminated] each.
+
+    Raises InputError if the rows don't fit into the machine's (or the GPU's) memory.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.parts = [obs_dim, action_dim, 1, obs_dim, 1]
+        need = 4 * capacity * sum(self.parts)  # bytes
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > (torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory):
+            size = f"{capacity} transitions take {need / 2**30:.0f} GiB"
+            raise InputError(f"the replay buffer does not fit into memory: {size}")
+        self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
+        self.added = 0  # transitions ever added
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, rows: Tensor) -> None:
+        """Adds rows [N, 2S + A + 2], over the oldest ones once the ring is full."""
+        index = torch.arange(self.added, self.added + len(rows), device=rows.device)
+        self.rows[index % len(self.rows)] = rows
+        self.added += len(rows)
+
+    def sample(self, *shape: int, draw: dict) -> Tensor:
+        """Rows [*shape, 2S + A + 2], drawn uniformly with replacement."""
+        return self.rows[torch.randint(len(self), shape, **draw)]
+
+    def unpack(self, rows: Tensor) -> Batch:
+        """The parts of rows [..., 2S + A + 2]."""
+        obs, action, reward, next_obs, terminated = rows.split(self.parts, -1)
+        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
+
+
+# ================================ actor and critic =================================
+def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
+    """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
+    sizes = [(in_dim, hidden), (hidden, hidden), (hidden, out_dim)]
+    layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in sizes]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+
+
+class Actor(nn.Module):
+    """Mean and log standard deviation [..., A] of u, where a = tanh(u), given s [..., S]."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(obs_dim, 2 * action_dim)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, -10 + 6 * (1 + torch.tanh(log_std))  # log std in [-10, 2] (S)
+
+
+class Critic(nn.Module):
+    """Twin action values [2, ...] of s [..., S] and a [..., A]."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.q1, self.q2 = mlp(obs_dim + action_dim, 1), mlp(obs_dim + action_dim, 1)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([obs, action], -1)
+        return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
+
+
+def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...].
+
+    log pi(a | s) = log N(u; mean, std) - sum log(1 - tanh(u)^2) (SAC, eq. 26), the last term as
+    2 (log 2 - u - softplus(-2u)), which is exact and stable.
+    """
+    mean, log_std = functional_call(nets["actor"], params, (obs,))
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
+
+
+# ============================= ensemble and its fit ================================
+class Ensemble(nn.Module):
+    """E networks in one: mean and log variance [E, B, S + 1] of the target given x [E, B, S + A].
+
+    Four hidden SiLU layers; truncated normal init with std 1 / (2 sqrt(fan in)), zero bias (J). The
+    log variance is softly clamped between learned bounds (PETS, Chua et al. 2018, appendix A.1).
+    """
+
+    def __init__(self, members: int, in_dim: int, out_dim: int, hidden: int):
+        super().__init__()
+        sizes = [in_dim, hidden, hidden, hidden, hidden, 2 * out_dim]
+        weights = [torch.empty(members, *shape) for shape in itertools.pairwise(sizes)]
+        for weight in weights:
+            std = 1 / (2 * math.sqrt(weight.shape[1]))
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+        self.weights = nn.ParameterList(weights)  # [E, in, out] each
+        self.biases = nn.ParameterList(torch.zeros(members, 1, size) for size in sizes[1:])
+        self.max_log_var = nn.Parameter(torch.full((out_dim,), 0.5))  # start of both bounds: J
+        self.min_log_var = nn.Parameter(torch.full((out_dim,), -10.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.silu(x) if i else x, weight)
+        mean, log_var = x.chunk(2, -1)
+        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
+        return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
+
+
+def members(params: dict, index: Tensor) -> dict:
+    """The parameters of some members of the ensemble; the bounds belong to all."""
+    return {name: p if name.endswith("log_var") else p[index] for name, p in params.items()}
+
+
+def fit_scaler(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [n] of rows [N, n]; a dimension that is constant gets 1 (J)."""
+    std, mean = torch.std_mean(x, 0, correction=0)
+    return mean, torch.where((x.amax(0) == x.amin(0)) | (std < 1e-12), 1.0, std)
+
+
+def normalize(x: Tensor, scaler: tuple[Tensor, Tensor]) -> Tensor:
+    """x [..., n] at zero mean and unit standard deviation."""
+    return (x - scaler[0]) / scaler[1]
+
+
+def model_targets(data: Batch) -> Tensor:
+    """What the ensemble learns, [N, S + 1]: s' - s and r."""
+    return torch.cat([data.next_obs - data.obs, data.reward[:, None]], -1)
+
+
+def apply_prediction(obs: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+    """s' [B, S] and r [B] from s [B, S] and what the ensemble predicts [B, S + 1]."""
+    return obs + prediction[:, :-1], prediction[:, -1]
+
+
+WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # of the five layers (J)
+
+
+def model_update(
+    learner: dict, inputs: Tensor, targets: Tensor, net: Ensemble, args: Args
+) -> tuple[dict, Tensor]:
+    """One step on inputs [E, B, S + A] and targets [E, B, S + 1]; returns the new learner, loss.
+
+    A pure function. loss = sum_e mean[(mu - y)^2 / sigma^2 + log sigma^2]
+    + 0.01 sum(max - min log variance) + sum_l decay_l |W_l|^2 / 2 (J).
+    """
+
+    def loss_of(params):
+        mean, log_var = functional_call(net, params, (inputs,))
+        nll = ((mean - targets) ** 2 * torch.exp(-log_var) + log_var).mean((1, 2)).sum()
+        spread = (params["max_log_var"] - params["min_log_var"]).sum()
+        layers = enumerate(WEIGHT_DECAY)
+        decay = sum(rate / 2 * (params[f"weights.{i}"] ** 2).sum() for i, rate in layers)
+        return nll + 0.01 * spread + decay
+
+    grads, loss = grad_and_value(loss_of)(learner["params"])
+    return adam_step(learner, grads, args.model_lr), loss
+
+
+def fit_ensemble(
+    learner: dict, data: Batch, update, net: Ensemble, args: Args, draw: dict
+) -> tuple[dict, dict]:
+    """Fits the ensemble to all N real transitions; returns the model and its metrics.
+
+    Each member learns from its own bootstrap sample until no member's holdout error has improved
+    by more than 1 % for `model_patience` epochs, and goes back to its own best weights; those of
+    least error are the elites (J).
+    """
+    n = len(data.reward)
+    order, held_out = torch.randperm(n, **draw), min(int(args.holdout_ratio * n), 5000)
+    holdout, train = order[:held_out], order[held_out:]
+    inputs, targets = torch.cat([data.obs, data.action], -1), model_targets(data)
+    scaler = {"inputs": fit_scaler(inputs[train])}
+    inputs = normalize(inputs, scaler["inputs"])
+
+    bootstrap = train[torch.randint(len(train), (args.ensemble_size, len(train)), **draw)]
+    best, best_error = (
+        learner["params"],
+        torch.full_like(bootstrap[:, 0], math.inf, dtype=inputs.dtype),
+    )
+    stale, updates, limit, batch = 0, 0, args.model_max_updates or math.inf, 256  # batch: J
+    while stale < args.model_patience and updates < limit:
+        shuffled = bootstrap.gather(1, torch.rand(bootstrap.shape, **draw).argsort(1))  # [E, N]
+        for first in range(0, len(train), batch):  # the last batch is filled up from the front
+            index = shuffled[:, torch.arange(first, first + batch) % len(train)]  # [E, 256]
+            learner, loss = update(learner, inputs[index], targets[index])
+            if (updates := updates + 1) >= limit:
+                break
+        mean, _ = predict(net, learner["params"], inputs[holdout])
+        error = ((mean - targets[holdout]) ** 2).mean((1, 2))  # [E]
+        improved = error < 0.99 * best_error
+        best = {
+            name: p
+            if name.endswith("log_var")
+            else torch.where(improved[:, None, None], p, best[name])
+            for name, p in learner["params"].items()
+        }
+        best_error = torch.where(improved, error, best_error)
+        stale = 0 if improved.any() else stale + 1
+
+    elites = best_error.argsort()[: args.num_elites]
+    model = {"learner": learner | {"params": best}, "scaler": scaler, "elites": elites}
+    metrics = {"loss": loss, "updates": updates, "holdout_mse": best_error[elites].mean()}
+    return model, metrics | model_metrics(model, net, inputs[holdout], targets[holdout])
+
+
+def predict(net: Ensemble, params: dict, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log variance [E, B, S + 1] of every member in `params` at inputs [B, S + A]."""
+    return functional_call(net, params, (inputs.expand(len(params["biases.0"]), -1, -1),))
+
+
+def model_metrics(model: dict, net: Ensemble, inputs: Tensor, targets: Tensor) -> dict:
+    """How the elites fit held-out inputs [H, S + A] and targets [H, S + 1], as FTFL looks at it.
+
+    Errors are E[(mu - y)^2] / Var[y]; the reward's share of the loss is that of its dimension in
+    sum E[(mu - y)^2 / sigma^2]; the last is E[sigma] / Std[y] of the reward.
+    """
+    mean, log_var = predict(net, members(model["learner"]["params"], model["elites"]), inputs)
+    squared, spread = (mean - targets) ** 2, fit_scaler(targets)[1]
+    error = squared.mean((0, 1)) / spread**2  # [S + 1]
+    weighted = (squared / log_var.exp()).mean((0, 1))
+    return {
+        "reward_error": error[-1],
+        "state_error_mean": error[:-1].mean(),
+        "state_error_worst": error[:-1].max(),
+        "reward_share_of_loss": weighted[-1] / weighted.sum(),
+        "reward_std_ratio": (log_var[..., -1] / 2).exp().mean() / spread[-1],
+    }
+
+
+# ================================= model rollouts ==================================
+def rollout_horizon(step: int, schedule: tuple[int, int, int, int]) -> int:
+    """Steps of a model rollout, a whole number on the line of --rollout-schedule (J)."""
+    start, end, low, high = schedule
+    return low + (min(max(step, start), end) - start) * (high - low) // max(end - start, 1)
+
+
+def model_step(
+    model: dict, policy: dict, obs: Tensor, choice: Tensor, noise: tuple, nets: dict, args: Args
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a [B, A], s' [B, S] and r [B] after s [B, S], all sampled: a pure function.
+
+    Branch b follows elite `choice[b]`; noise is that of the action [B, A], the model's [B, S + 1].
+    """
+    action, _ = sample_action(nets, policy, obs, noise[0])
+    inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
+    elites = members(model["learner"]["params"], model["elites"])
+    mean, log_var = predict(nets["ensemble"], elites, inputs)  # [K, B, S + 1] of K elites
+    branch = torch.arange(len(obs), device=obs.device)
+    prediction = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
+    return action, *apply_prediction(obs, prediction)
+
+
+def rollout(
+    model: dict, policy: dict, starts: Batch, horizon: int, step, terminates, draw: dict
+) -> Tensor:
+    """Rows of the transitions on branches of up to `horizon` steps from `starts.obs` [B, S].
+
+    At every step every branch draws its elite and fresh noise; it stops where the task terminates.
+    """
+    rows, obs, alive = [], starts.obs, starts.reward.isfinite()  # [B], all true
+    for _ in range(horizon):
+        choice = torch.randint(len(model["elites"]), alive.shape, **draw)
+        model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
+        noise = (torch.randn(starts.action.shape, **draw), model_noise)
+        action, next_obs, reward = step(model, policy, obs, choice, noise)
+        terminated = terminates(obs, action, next_obs)
+        parts = [obs, action, reward[:, None], next_obs, terminated[:, None]]
+        rows.append(torch.cat(parts, -1)[alive])
+        obs, alive = next_obs, alive & ~terminated
+    return torch.cat(rows)
+
+
+def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
+    """A ring of another capacity with the newest of the buffer's transitions, in order of age."""
+    new = ReplayBuffer(capacity, buffer.parts[0], buffer.parts[1], buffer.rows.device)
+    ages = torch.arange(buffer.added - len(buffer), buffer.added, device=buffer.rows.device)
+    new.add(buffer.rows[ages[-capacity:] % len(buffer.rows)])
+    return new
+
+
+# =================================== SAC update ====================================
+def adam_init(net: nn.Module, device: torch.device) -> dict:
+    """What Adam learns: parameters by name, their gradients' first and second moments, steps."""
+    params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
+    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
+    return {"params": params, "m": zeros, "v": zeros, "t": torch.zeros((), device=device)}
+
+
+def adam_step(learner: dict, grads: dict, lr: float) -> dict:
+    """The learner after one step (Kingma & Ba 2015, algorithm 1, with its default constants)."""
+    beta1, beta2, eps, t = 0.9, 0.999, 1e-8, learner["t"] + 1
+    m = {name: beta1 * learner["m"][name] + (1 - beta1) * g for name, g in grads.items()}
+    v = {name: beta2 * learner["v"][name] + (1 - beta2) * g**2 for name, g in grads.items()}
+    m_scale, v_scale = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
+    params = {
+        name: param - lr * m[name] * m_scale / ((v[name] * v_scale).sqrt() + eps)
+        for name, param in learner["params"].items()
+    }
+    return {"params": params, "m": m, "v": v, "t": t}
+
+
+def sac_init(nets: dict, alpha: float, device: torch.device) -> dict:
+    """All that a SAC update changes."""
+    nets = nets | {"temperature": nn.ParameterDict({"log_alpha": torch.tensor(math.log(alpha))})}
+    agent = {name: adam_init(net, device) for name, net in nets.items()}
+    return agent | {"target": agent["critic"]["params"]}
+
+
+def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args) -> tuple:
+    """One update on B transitions with noise [2, B, A]; returns the new agent and its metrics.
+
+    A pure function of the equations at the top of this file. Order: critics, targets, the actor
+    against the new critics, temperature (S).
+    """
+    alpha, old_actor = agent["temperature"]["params"]["log_alpha"].exp(), agent["actor"]["params"]
+    next_action, next_log_prob = sample_action(nets, old_actor, batch.next_obs, noise[0])
+    next_q = functional_call(nets["critic"], agent["target"], (batch.next_obs, next_action)).amin(0)
+    y = batch.reward + args.gamma * (1 - batch.terminated) * (next_q - alpha * next_log_prob)  # [B]
+
+    def critic_loss(params):
+        q = functional_call(nets["critic"], params, (batch.obs, batch.action))  # [2, B]
+        return ((q - y) ** 2).mean(1).sum(), q.mean()
+
+    grads, (q_loss, q) = grad_and_value(critic_loss, has_aux=True)(agent["critic"]["params"])
+    critic = adam_step(agent["critic"], grads, args.q_lr)
+    new = critic["params"]
+    target = {name: torch.lerp(old, new[name], args.tau) for name, old in agent["target"].items()}
+
+    def actor_loss(params):
+        action, log_prob = sample_action(nets, params, batch.obs, noise[1])
+        q = functional_call(nets["critic"], new, (batch.obs, action)).amin(0)  # [B]
+        return (alpha * log_prob - q).mean(), -log_prob.mean()
+
+    grads, (actor_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
+    actor, temperature = adam_step(agent["actor"], grads, args.policy_lr), agent["temperature"]
+    if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
+        grads = {"log_alpha": alpha * (entropy - args.target_entropy)}
+        temperature = adam_step(temperature, grads, args.q_lr)
+
+    metrics = {"q_loss": q_loss, "q": q, "actor_loss": actor_loss, "entropy": entropy}
+    agent = {"actor": actor, "critic": critic, "temperature": temperature, "target": target}
+    return agent, metrics | {"alpha": alpha}
+
+
+def compiled(function, enabled: bool):
+    """The function compiled as one graph; the function itself where that is off or fails."""
+    graph = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*inputs):
+        if call.compiled:
+            try:
+                return graph(*inputs)
+            except Exception as error:
+                call.compiled, reason = False, str(error).strip().splitlines()[0]
+                print(f"going on uncompiled, as torch.compile failed: {reason}", file=sys.stderr)
+        return function(*inputs)
+
+    call.compiled = enabled
+    return call
+
+
+# =================================== evaluation ====================================
+def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
+    """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
+
+    G_t = r_t + gamma V_{t+1} and V_t = G_t - alpha log pi(a'_t | s_t), a'_t sampled: the return
+    obtained, with the entropy that Q counts. V_T is 0 after a termination; at a time limit
+    min_i Q_i(s_T, a'_T) stands in for G_T.
+    """
+    obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
+    action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
+    critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
+    q = critic((episode.obs, episode.action)).amin(0)  # [T]
+    bonus = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1]
+    last_value = critic((obs[-1], action[-1])).amin(0) + bonus[-1]
+    value, bias = (1 - episode.terminated[-1]) * last_value, 0.0  # V_T
+    for t in reversed(range(len(q))):
+        soft_return = episode.reward[t] + gamma * value  # G_t
+        value, bias = soft_return + bonus[t], bias + (q[t] - soft_return) / len(q)
+    return float(bias)
+
+
+def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpack) -> tuple:
+    """Returns of deterministic episodes, a = tanh(mean), and the critic's mean bias on them.
+
+    Environment, seeds and noise are its own: it draws from no random stream of training.
+    """
+    actor, device = agent["actor"]["params"], agent["actor"]["t"].device
+    generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 1, step))
+    returns, biases = [], []
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=derive_seed(args.seed, 1, step, episode))
+        rows, over = [], False
+        while not over:
+            x = torch.as_tensor(obs, dtype=torch.float32, device=device)
+            action = torch.tanh(functional_call(nets["actor"], actor, (x,))[0]).cpu().numpy()
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
+            obs, over = next_obs, terminated or truncated
+        transitions = unpack(torch.as_tensor(np.array(rows), dtype=torch.float32, device=device))
+        noise = torch.randn(len(rows) + 1, len(action), generator=generator, device=device)
+        returns.append(sum(transitions.reward.tolist()))
+        biases.append(critic_bias(agent, nets, args.gamma, transitions, noise))
+    return returns, np.mean(biases)
+
+
+# =================================== checkpoint ====================================
+def write_file(path: Path, content: bytes | dict) -> None:
+    """Writes all of `content` to a temporary file, which then replaces `path` in one step.
+
+    If the disk does not take it, says so, and `path` stays as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        tqdm.write(f"can't write {path}: {error}; what was there is kept", file=sys.stderr)
+
+
+def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]:
+    """Returns the run's folder, its settings, and the checkpoint to go on from or None.
+
+    Raises InputError, with all left as it is, for a folder that can't be written, one that holds
+    a run (unless --resume or --overwrite), and a checkpoint that is damaged or not of this run.
+    """
+    run_dir = Path(args.run_root) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    settings = json.loads(json.dumps({"script": Path(__file__).name} | asdict(args)))
+    free = "resume overwrite run_root total_timesteps checkpoint_frequency capture_video track"
+    file, saved = run_dir / "checkpoint.pt", None
+    if args.resume and file.exists():
+        try:
+            saved = torch.load(file, map_location=device, weights_only=True)
+        except Exception:  # torch.load has no error of its own
+            raise InputError(f"{file} is damaged or cut short; --overwrite starts anew") from None
+        for name, value in saved["settings"].items():
+            if name not in free and "wandb" not in name and value != settings.get(name):
+                change = f"{name} {value}, not {settings.get(name)}"
+                raise InputError(f"{file} is of a run with {change}; choose another --exp-name")
+    elif run_dir.exists() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
+        raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
+    try:
+        if args.overwrite and not args.resume and run_dir.exists():
+            shutil.rmtree(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{run_dir}: {error.strerror}; choose another --run-root") from None
+    return run_dir, settings, saved
+
+
+# ====================================== train ======================================
+def train(args: Args) -> dict:
+    """Trains as `args` say; returns the rows of eval.csv and the final agent.
+
+    Raises InputError, before anything is written, for what can't work, and FloatingPointError
+    when an observation, reward, loss or parameter is not finite.
+    """
+    check_args(args)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    terminates, longest = termination_function(args), max(args.rollout_schedule[2:])
+    kept = 1000 * args.rollouts_per_step  # synthetic transitions, times the horizon (J)
+    ReplayBuffer(kept * longest, obs_dim, action_dim, device)  # raises now what it would later
+    run_dir, settings, saved = open_run(args, device)
+    if args.target_entropy is None:
+        args = replace(args, target_entropy=-action_dim / 2)
+
+    torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
+    generator = torch.Generator(device).manual_seed(args.seed)
+    draw = {"generator": generator, "device": device}
+    nets = {"actor": Actor(obs_dim, action_dim), "critic": Critic(obs_dim, action_dim)}
+    agent = sac_init(nets, args.alpha, device)
+    nets["ensemble"] = Ensemble(
+        args.ensemble_size, obs_dim + action_dim, obs_dim + 1, args.model_hidden
+    )
+    model = {"learner": adam_init(nets["ensemble"], device)}
+    update_model = compiled(partial(model_update, net=nets["ensemble"], args=args), args.compile)
+    step_model = compiled(partial(model_step, nets=nets, args=args), args.compile)
+    update = compiled(partial(sac_update, nets=nets, args=args), args.compile)
+    start, episode, seconds, evaluations = 0, 0, 0.0, []
+    if saved:
+        agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
+        generator.set_state(saved["generator"].cpu())
+        buffer.add(saved["rows"])
+        buffer.added = saved["added"]
+    capacity = kept * rollout_horizon(start, args.rollout_schedule)
+    synthetic = ReplayBuffer(capacity, obs_dim, action_dim, device)
+    if saved:
+        model = saved["model"]
+        synthetic.add(saved["synthetic"])
+        synthetic.added = saved["synthetic_added"]
+
+    if args.track:
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        wandb.init(**names, id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    if args.capture_video:
+        trigger, folder = (lambda n: n % args.eval_episodes == 0), str(run_dir / "videos")
+        eval_env = gym.wrappers.RecordVideo(eval_env, folder, episode_trigger=trigger)
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
+    bar = tqdm(total=args.total_timesteps, initial=start, unit="step", disable=None)
+    began, checkpointed, over = time.perf_counter() - seconds, start, True
+
+    for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
+        if step > 0:
+            if over:  # seeded one by one, so that a run can be taken up at an episode's start
+                obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
+                episode, episode_return = episode + 1, 0.0
+            if step <= args.learning_starts:
+                action = 2 * torch.rand(action_dim, **draw) - 1
+            else:
+                x = torch.as_tensor(obs, dtype=torch.float32, device=device)
+                action, _ = sample_action(
+                    nets, agent["actor"]["params"], x, torch.randn(action_dim, **draw)
+                )
+            action = action.cpu().numpy()
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            check_finite(step, observation=next_obs, reward=reward)
+            check_termination(terminates, args.env_id, obs, action, next_obs, terminated, step)
+            row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
+            buffer.add(torch.as_tensor(row[None], dtype=torch.float32, device=device))
+            obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
+            bar.update()
+            if over:
+                writer.add_scalar("train/episode_return", episode_return, step)
+                bar.set_postfix_str(f"last return {episode_return:.1f}")
+
+        if step >= args.learning_starts:
+            if (step - args.learning_starts) % args.model_train_frequency == 0:
+                data, net = buffer.unpack(buffer.rows[: len(buffer)]), nets["ensemble"]
+                model, fit = fit_ensemble(model["learner"], data, update_model, net, args, draw)
+                check_finite(step, **{f"model {name}": value for name, value in fit.items()})
+                for name, value in fit.items():
+                    writer.add_scalar(f"model/{name}", value, step)
+            horizon = rollout_horizon(step, args.rollout_schedule)
+            if horizon * kept != len(synthetic.rows):
+                synthetic = resized(synthetic, horizon * kept)
+            starts = buffer.unpack(buffer.sample(args.rollouts_per_step, draw=draw))
+            policy = agent["actor"]["params"]
+            synthetic.add(rollout(model, policy, starts, horizon, step_model, terminates, draw))
+            real = int(args.real_ratio * args.batch_size)
+            sizes = [(buffer, real), (synthetic, args.batch_size - real)]
+            parts = [data.sample(args.updates_per_step, size, draw=draw) for data, size in sizes]
+            rows = torch.cat(parts, 1)
+            noise = torch.randn(args.updates_per_step, 2, args.batch_size, action_dim, **draw)
+            for i in range(args.updates_per_step):
+                agent, metrics = update(agent, buffer.unpack(rows[i]), noise[i])
+            check_finite(step, **metrics)
+            if step % 1000 == 0:
+                check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])
+                metrics["real_reward"] = buffer.unpack(rows[:, :real]).reward.mean()
+                metrics["synthetic_reward"] = buffer.unpack(rows[:, real:]).reward.mean()
+                for name, value in metrics.items():
+                    writer.add_scalar(f"sac/{name}", value, step)
+
+        if args.eval_frequency and step % args.eval_frequency == 0:
+            returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
+            mean, std, elapsed = np.mean(returns), np.std(returns), time.perf_counter() - began
+            numbers = [mean, std, min(returns), max(returns), len(returns), elapsed]
+            evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
+            text = "\n".join(["step,mean,std,min,max,episodes,seconds", *evaluations, ""])
+            write_file(run_dir / "eval.csv", text.encode())
+            writer.add_scalar("eval/return", mean, step)
+            writer.add_scalar("eval/critic_bias", bias, step)
+            tqdm.write(f"step {step:7d}  return {mean:8.2f} +- {std:.2f}  {elapsed:.0f} s")
+
+        last, every = step == args.total_timesteps, args.checkpoint_frequency
+        if every and (last or (over and step // every > checkpointed // every)):
+            writer.flush()
+            progress, checkpointed = [step, episode, time.perf_counter() - began, evaluations], step
+            state = {"settings": settings, "progress": progress, "generator": generator.get_state()}
+            rows = buffer.rows[: len(buffer)].clone()
+            state |= {"agent": agent, "rows": rows, "added": buffer.added}
+            rows = synthetic.rows[: len(synthetic)].clone()
+            state |= {"model": model, "synthetic": rows, "synthetic_added": synthetic.added}
+            write_file(run_dir / "checkpoint.pt", state)
+    writer.close()
+    return {"evaluations": evaluations, "agent": agent}
+
+
+def main() -> None:
+    """Trains as the command line says; bad input is one line on stderr and exit code 2."""
+    warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
+    try:
+        train(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except (InputError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+if __name__ == "__main__":
+    main()
