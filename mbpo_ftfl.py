@@ -1,27 +1,25 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.1", "mujoco==3.17.0",
-#   "dm_control==1.0.50", "shimmy>=2.0", "tyro>=0.9", "numpy>=1.26", "tensorboard>=2.18",
-#   "tqdm>=4.66"]
+# dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.1", "mujoco==3.17.0", "tyro>=0.9",
+#   "dm_control==1.0.50", "shimmy>=2.0", "numpy>=1.26", "tensorboard>=2.18", "tqdm>=4.66"]
 # ///
-"""FTFL: Model-Based Policy Optimization with the two repairs of "Fixing That Free Lunch".
+"""FTFL: MBPO with the two repairs of "Fixing That Free Lunch", arXiv 2510.01457 (Barkley 2025).
 
-Barkley and Fridovich-Keil 2025, arXiv 2510.01457, on MBPO (Janner et al. 2019, arXiv 1906.08253).
-An ensemble of E Gaussian networks, bootstrapped, learns next state and reward at unit scale:
+MBPO is Janner et al. 2019, "When to Trust Your Model", arXiv 1906.08253. An ensemble of E Gaussian
+networks, each on its own bootstrap sample of the real transitions, learns state and reward as one:
 
-    target        y = ([s', r] - m) / d,   m, d: mean and standard deviation of each dimension
     model         p_e(y | s, a) = N(mu_e(x), diag sigma_e^2(x)),   x = (s, a) at unit scale
     loss          sum_e E[(mu_e - y)^2 / sigma_e^2 + log sigma_e^2], mean over dimensions
-    prediction    [s', r] = m + d y,   y ~ p_e, e drawn anew among the elites
-    rollouts      from real states with actions of the policy fill the synthetic buffer
+    target        y = ([s', r] - m) / d,   mean m and standard deviation d of each dimension
+    prediction    s' = (m + d y)[:-1],   r = (m + d y)[-1],   y ~ p_e, e drawn among the elites
+    rollouts      from real states, with the policy's actions, fill the synthetic buffer
     SAC           as in sac.py, on batches of 5 % real and 95 % synthetic transitions
 
     python mbpo_ftfl.py --env-id dmc/walker-run --seed 3
 
-Differs from mbpo.py in: the scale of the targets, and s' predicted where MBPO predicts s' - s.
-
-Sources of defaults: MBPO is the first paper above, SAC is arXiv 1812.05905; J is the original
-MBPO code, github.com/jannerm/mbpo; S is FTFL's authors', github.com/CLeARoboticsLab/STFL.
+Differs from mbpo.py in: targets at unit scale, and s' predicted where MBPO predicts s' - s.
+Sources of defaults: MBPO is the paper above, SAC arXiv 1812.05905; J is the original MBPO code,
+github.com/jannerm/mbpo; S is FTFL's authors' code, github.com/CLeARoboticsLab/STFL.
 """
 
 import difflib
@@ -50,11 +48,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# ==================================== arguments ====================================
 @dataclass
 class Args:
-    """Every field is a flag."""
-
     env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, or a Gymnasium id
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (S)
@@ -72,7 +67,7 @@ class Args:
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # START END FROM TO: horizon grows
     # from FROM steps at environment step START to TO steps at END (MBPO, table 1); default 1 (S)
     real_ratio: float = 0.05  # share of real transitions in a SAC batch (MBPO; J, S)
-    never_terminates: bool = False  # the task has no termination (for ids not in TERMINATIONS)
+    never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
     gamma: float = 0.99  # discount factor (SAC, table 1; J, S)
     tau: float = 0.005  # step of the target networks towards the critics (SAC, table 1; J, S)
@@ -98,27 +93,27 @@ class Args:
 
 
 class InputError(ValueError):
-    """What was asked for can't be done; the message is one line that says what to do."""
+    """What was asked for can't be done; one line says why and what to do."""
 
 
 def check_args(args: Args) -> None:
     """Raises InputError for a value out of its range, and for what this machine lacks."""
     counts = "total_timesteps learning_starts updates_per_step batch_size buffer_size eval_episodes"
-    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    devices = ["auto", "cpu", *(name for name in accelerators if accelerators[name].is_available())]
+    counts += " ensemble_size model_hidden model_train_frequency model_patience rollouts_per_step"
+    found = importlib.util.find_spec
+    there = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
     for names, holds, wanted in [
         (counts, lambda x: x >= 1, "at least 1"),
         ("seed eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
         ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        ("policy_lr q_lr alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
+        ("policy_lr q_lr alpha model_lr", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
-        ("device", lambda x: x in devices, f"one of {', '.join(devices)} on this machine"),
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
-        ("ensemble_size model_hidden model_train_frequency", lambda x: x >= 1, "at least 1"),
-        ("model_patience rollouts_per_step", lambda x: x >= 1, "at least 1"),
+        ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
+        ("track", lambda x: not x or found("wandb"), "off without: pip install wandb"),
+        ("capture_video", lambda x: not x or found("moviepy"), "off without: pip install moviepy"),
         ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
-        ("model_lr", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
         ("learning_starts", lambda x: x * args.holdout_ratio >= 1, "enough for a holdout"),
         ("real_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -128,115 +123,35 @@ def check_args(args: Args) -> None:
         for name in names.split():
             if not holds(value := getattr(args, name)):
                 raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-    for flag, package in [("track", "wandb"), ("capture_video", "moviepy")]:
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise InputError(f"--{flag.replace('_', '-')} needs a package: pip install {package}")
-
-
-# =================================== environment ===================================
-HIDDEN_PARTS = {  # of the observation; J keeps positions and velocities, 27 and 45 dimensions
-    "Ant-v5": ["cfrc_ext"],
-    "Humanoid-v5": ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"],
-}
 
 
 def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """The task with flat observations [S] and actions in [-1, 1]^A; no action is repeated.
-
-    Episodes end at the task's own time limit, or after 1,000 steps where it sets none.
-    Raises InputError for an unknown id, and for spaces that the scripts can't train on.
-    """
-    name, box = env_id, gym.spaces.Box
-    kwargs = {f"include_{part}_in_observation": False for part in HIDDEN_PARTS.get(env_id, [])}
-    kwargs |= {"render_mode": "rgb_array"} if render else {}
+    """The task with observations [S], actions in [-1, 1]^A; InputError if it can't be trained."""
+    name, box, kwargs = env_id, gym.spaces.Box, {"render_mode": "rgb_array"} if render else {}
+    hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as in J
+    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
     if env_id.startswith("dmc/"):
-        import shimmy  # noqa: F401  (registers the suite as dm_control/<domain>-<task>-v0)
-
+        importlib.import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
         name = f"dm_control/{env_id.removeprefix('dmc/')}-v0"
-        kwargs |= {"render_kwargs": {"camera_id": 0}} if render else {}
     try:
-        limit = gym.spec(name).max_episode_steps or 1000
+        limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
         env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        from dm_control.suite import ALL_TASKS
-
-        known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in ALL_TASKS)]
-        near = " or ".join(difflib.get_close_matches(env_id, known) or ["dmc/walker-run"])
-        unknown = isinstance(error, gym.error.UnregisteredEnv)
-        reason = f"no such task; did you mean {near}?" if unknown else str(error).splitlines()[0]
+    except Exception as error:  # of the registry, or of the environment itself
+        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, gym.error.UnregisteredEnv):
+            tasks = importlib.import_module("dm_control.suite").ALL_TASKS
+            known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in tasks)]
+            near = " or ".join(difflib.get_close_matches(env_id, known)) or "dmc/walker-run"
+            reason = f"no such task; did you mean {near}?"
         raise InputError(f"--env-id {env_id}: {reason}") from None
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     actions, states = env.action_space, env.observation_space
-    bounded = (
-        isinstance(actions, box) and max(abs(actions.low).max(), abs(actions.high).max()) < 1e9
-    )
+    bounded = isinstance(actions, box) and (np.abs([actions.low, actions.high]) < 1e9).all()
     if not bounded or not isinstance(states, box) or len(states.shape) != 1:
         wanted = "actions must be a bounded Box and observations vectors"
         raise InputError(f"--env-id {env_id}: {wanted}, not {actions} and {states}")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-
-
-def never(s, a, s_next) -> Tensor:
-    """For tasks that only end at a time limit."""
-    return torch.zeros(s_next.shape[:-1], dtype=torch.bool, device=s_next.device)
-
-
-def tip_height(s: Tensor) -> Tensor:
-    """Height [...] of the tip of InvertedDoublePendulum, whose poles are 0.6 m long."""
-    sin1, sin2, cos1, cos2 = s[..., 1:5].unbind(-1)
-    return 0.6 * (cos1 + cos1 * cos2 - sin1 * sin2)
-
-
-# Does (s, a, s') terminate? One function per Gymnasium task, after `is_healthy` and `step` there.
-TERMINATIONS = {
-    "Hopper": lambda s, a, s_next: (
-        ~(
-            (s_next[..., 0] > 0.7)
-            & (s_next[..., 1].abs() < 0.2)
-            & (s_next[..., 1:].abs() < 100).all(-1)
-        )
-    ),
-    "Walker2d": lambda s, a, s_next: (
-        ~((s_next[..., 0] > 0.8) & (s_next[..., 0] < 2) & (s_next[..., 1].abs() < 1))
-    ),
-    "Ant": lambda s, a, s_next: (
-        ~(s_next.isfinite().all(-1) & (s_next[..., 0] >= 0.2) & (s_next[..., 0] <= 1))
-    ),
-    "Humanoid": lambda s, a, s_next: ~((s_next[..., 0] > 1) & (s_next[..., 0] < 2)),
-    "InvertedPendulum": lambda s, a, s_next: (
-        ~(s_next.isfinite().all(-1) & (s_next[..., 1].abs() <= 0.2))
-    ),
-    "InvertedDoublePendulum": lambda s, a, s_next: ~(tip_height(s_next) > 1),
-    **dict.fromkeys(["HalfCheetah", "Swimmer", "Reacher", "Pusher"], never),
-}
-
-
-def termination_function(args: Args):
-    """The function (s, a, s') -> terminated of the task; raises InputError where there is none."""
-    if args.never_terminates or args.env_id.startswith("dmc/"):  # the suite's tasks never do
-        return never
-    if (task := args.env_id.split("-v")[0]) not in TERMINATIONS:
-        remedy = "give --never-terminates if it has none, or add it to TERMINATIONS in this file"
-        raise InputError(f"--env-id {args.env_id}: termination unknown to the model: {remedy}")
-    return TERMINATIONS[task]
-
-
-def check_termination(
-    terminates, env_id: str, obs: np.ndarray, action, next_obs, terminated: bool, step: int
-) -> None:
-    """Raises InputError if a real transition, in float64, does not end as `terminates` says.
-
-    InvertedDoublePendulum measures its tip in the last stage of a Runge-Kutta step, some 1e-5 m
-    from that of s': there the answer may be that of 1 % of a step earlier or later.
-    """
-    slack = 0.01 if env_id.startswith("InvertedDoublePendulum") else 0.0
-    for shift in (0.0, slack, -slack):
-        states = (obs, action, next_obs + shift * (next_obs - obs))
-        if bool(terminates(*map(torch.as_tensor, states))) == terminated:
-            return
-    fault = f"terminated is {terminated} at step {step} in the environment, not in TERMINATIONS"
-    raise InputError(f"--env-id {env_id}: {fault}; next state {next_obs.tolist()}")
 
 
 def derive_seed(*numbers: int) -> int:
@@ -251,7 +166,42 @@ def check_finite(step: int, **quantities) -> None:
             raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
 
 
-# ================================== replay buffer ==================================
+HEALTHY = {  # by Gymnasium task: does it go on at s'? Of s [S, ...], a [A, ...], s' [S, ...]
+    "Hopper": lambda s, a, n: (n[0] > 0.7) & (n[1].abs() < 0.2) & (n[1:].abs() < 100).all(0),
+    "Walker2d": lambda s, a, n: (n[0] > 0.8) & (n[0] < 2) & (n[1].abs() < 1),
+    "Ant": lambda s, a, n: (n[0] >= 0.2) & (n[0] <= 1) & n.isfinite().all(0),
+    "Humanoid": lambda s, a, n: (n[0] > 1) & (n[0] < 2),
+    "InvertedPendulum": lambda s, a, n: (n[1].abs() <= 0.2) & n.isfinite().all(0),
+    "InvertedDoublePendulum": lambda s, a, n: 0.6 * (n[3] + n[3] * n[4] - n[1] * n[2]) > 1,
+    **dict.fromkeys(["HalfCheetah", "Swimmer", "Reacher", "Pusher"]),  # these never end
+}
+
+
+def termination_function(args: Args):
+    """The task's function (s, a, s') [..., n] -> terminated [...]; InputError if it has none."""
+    task = args.env_id.split("-v")[0]
+    never = args.never_terminates or task.startswith("dmc/")  # the suite's tasks never do
+    if not never and task not in HEALTHY:
+        remedy = "give --never-terminates, or add its condition to HEALTHY in this file"
+        raise InputError(f"--env-id {args.env_id}: unknown when it terminates: {remedy}")
+    if never or HEALTHY[task] is None:
+        return lambda s, a, s_next: torch.zeros_like(s_next[..., 0], dtype=torch.bool)
+    return lambda *states: ~HEALTHY[task](*(x.movedim(-1, 0) for x in states))
+
+
+def check_termination(terminates, args: Args, step: int, obs, action, next_obs, terminated) -> None:
+    """Raises InputError if a real transition, in its own float64, ends unlike `terminates` says.
+
+    InvertedDoublePendulum sees its tip some 1e-5 m off s': 1 % of a step to either side counts too.
+    """
+    slack = 0.01 if args.env_id.startswith("InvertedDoublePendulum") else 0.0
+    near = [next_obs + shift * (next_obs - obs) for shift in (0, slack, -slack)]
+    said = [bool(terminates(*map(torch.as_tensor, (obs, action, state)))) for state in near]
+    if terminated not in said:
+        fault = f"terminated is {terminated} at step {step}, against HEALTHY or --never-terminates"
+        raise InputError(f"--env-id {args.env_id}: {fault}, at next state {next_obs.tolist()}")
+
+
 class Batch(NamedTuple):
     """Transitions, taken apart; ... stands for any batch shape."""
 
@@ -263,18 +213,17 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring of the last `capacity` transitions, one row [s, a, r, s', terminated] each.
-
-    Raises InputError if the rows don't fit into the machine's (or the GPU's) memory.
-    """
+    """Ring of the last `capacity` transitions, one row each; InputError if memory is too small."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.parts = [obs_dim, action_dim, 1, obs_dim, 1]
-        need = 4 * capacity * sum(self.parts)  # bytes
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if need > (torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory):
-            size = f"{capacity} transitions take {need / 2**30:.0f} GiB"
-            raise InputError(f"the replay buffer does not fit into memory: {size}")
+        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
+        if (size := 4 * capacity * sum(self.parts)) > memory:
+            wanted = (
+                f"{size / 2**30:.0f} GiB for {capacity} transitions, {memory / 2**30:.0f} exist"
+            )
+            raise InputError(f"the memory does not hold the replay buffer: {wanted}")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -297,27 +246,13 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
 
-# ================================ actor and critic =================================
 def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
-    sizes = [(in_dim, hidden), (hidden, hidden), (hidden, out_dim)]
-    layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in sizes]
+    layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
         nn.init.zeros_(layer.bias)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-
-
-class Actor(nn.Module):
-    """Mean and log standard deviation [..., A] of u, where a = tanh(u), given s [..., S]."""
-
-    def __init__(self, obs_dim: int, action_dim: int):
-        super().__init__()
-        self.net = mlp(obs_dim, 2 * action_dim)
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.net(obs).chunk(2, -1)
-        return mean, -10 + 6 * (1 + torch.tanh(log_std))  # log std in [-10, 2] (S)
 
 
 class Critic(nn.Module):
@@ -332,20 +267,24 @@ class Critic(nn.Module):
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
 
-def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...].
+def policy(nets: dict, params: dict, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log standard deviation [..., A] of u, where a = tanh(u), given s [..., S]."""
+    mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
+    return mean, -10 + 6 * (1 + torch.tanh(log_std))  # log std in [-10, 2] (S)
 
-    log pi(a | s) = log N(u; mean, std) - sum log(1 - tanh(u)^2) (SAC, eq. 26), the last term as
-    2 (log 2 - u - softplus(-2u)), which is exact and stable.
+
+def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
+
+    log pi(a | s) = log N(u) - sum log(1 - tanh(u)^2), the latter 2 (log 2 - u - softplus(-2u)).
     """
-    mean, log_std = functional_call(nets["actor"], params, (obs,))
+    mean, log_std = policy(nets, params, obs)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
     log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
 
 
-# ============================= ensemble and its fit ================================
 class Ensemble(nn.Module):
     """E networks in one: mean and log variance [E, B, S + 1] of the target given x [E, B, S + A].
 
@@ -389,11 +328,6 @@ def normalize(x: Tensor, scaler: tuple[Tensor, Tensor]) -> Tensor:
     return (x - scaler[0]) / scaler[1]
 
 
-def denormalize(x: Tensor, scaler: tuple[Tensor, Tensor]) -> Tensor:
-    """The inverse of `normalize`."""
-    return scaler[0] + scaler[1] * x
-
-
 def model_targets(data: Batch) -> Tensor:
     """What the ensemble learns, [N, S + 1]: s' and r."""
     return torch.cat([data.next_obs, data.reward[:, None]], -1)
@@ -404,24 +338,19 @@ def apply_prediction(obs: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
     return prediction[:, :-1], prediction[:, -1]
 
 
-WEIGHT_DECAY = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # of the five layers (J)
-
-
-def model_update(
-    learner: dict, inputs: Tensor, targets: Tensor, net: Ensemble, args: Args
-) -> tuple[dict, Tensor]:
-    """One step on inputs [E, B, S + A] and targets [E, B, S + 1]; returns the new learner, loss.
+def model_update(learner: dict, x: Tensor, y: Tensor, net: Ensemble, args: Args) -> tuple:
+    """One step on inputs x [E, B, S + A], targets y [E, B, S + 1]; returns the learner, the loss.
 
     A pure function. loss = sum_e mean[(mu - y)^2 / sigma^2 + log sigma^2]
     + 0.01 sum(max - min log variance) + sum_l decay_l |W_l|^2 / 2 (J).
     """
 
     def loss_of(params):
-        mean, log_var = functional_call(net, params, (inputs,))
-        nll = ((mean - targets) ** 2 * torch.exp(-log_var) + log_var).mean((1, 2)).sum()
+        mean, log_var = functional_call(net, params, (x,))
+        nll = ((mean - y) ** 2 * torch.exp(-log_var) + log_var).mean((1, 2)).sum()
         spread = (params["max_log_var"] - params["min_log_var"]).sum()
-        layers = enumerate(WEIGHT_DECAY)
-        decay = sum(rate / 2 * (params[f"weights.{i}"] ** 2).sum() for i, rate in layers)
+        rates = enumerate((2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4))  # of the five layers (J)
+        decay = sum(rate / 2 * (params[f"weights.{i}"] ** 2).sum() for i, rate in rates)
         return nll + 0.01 * spread + decay
 
     grads, loss = grad_and_value(loss_of)(learner["params"])
@@ -430,7 +359,7 @@ def model_update(
 
 def fit_ensemble(
     learner: dict, data: Batch, update, net: Ensemble, args: Args, draw: dict
-) -> tuple[dict, dict]:
+) -> tuple:
     """Fits the ensemble to all N real transitions; returns the model and its metrics.
 
     Each member learns from its own bootstrap sample until no member's holdout error has improved
@@ -447,10 +376,8 @@ def fit_ensemble(
     targets = normalize(targets, scaler["targets"])
 
     bootstrap = train[torch.randint(len(train), (args.ensemble_size, len(train)), **draw)]
-    best, best_error = (
-        learner["params"],
-        torch.full_like(bootstrap[:, 0], math.inf, dtype=inputs.dtype),
-    )
+    best, best_error = learner["params"], math.inf  # [E], once measured
+    own = [name for name in best if not name.endswith("log_var")]  # the bounds belong to all
     stale, updates, limit, batch = 0, 0, args.model_max_updates or math.inf, 256  # batch: J
     while stale < args.model_patience and updates < limit:
         shuffled = bootstrap.gather(1, torch.rand(bootstrap.shape, **draw).argsort(1))  # [E, N]
@@ -462,13 +389,9 @@ def fit_ensemble(
         mean, _ = predict(net, learner["params"], inputs[holdout])
         error = ((mean - targets[holdout]) ** 2).mean((1, 2))  # [E]
         improved = error < 0.99 * best_error
-        best = {
-            name: p
-            if name.endswith("log_var")
-            else torch.where(improved[:, None, None], p, best[name])
-            for name, p in learner["params"].items()
-        }
-        best_error = torch.where(improved, error, best_error)
+        new, worse = learner["params"], ~improved[:, None, None]
+        kept = {name: torch.where(worse, best[name], new[name]) for name in own}
+        best, best_error = new | kept, torch.where(improved, error, best_error)
         stale = 0 if improved.any() else stale + 1
 
     elites = best_error.argsort()[: args.num_elites]
@@ -501,43 +424,36 @@ def model_metrics(model: dict, net: Ensemble, inputs: Tensor, targets: Tensor) -
     }
 
 
-# ================================= model rollouts ==================================
 def rollout_horizon(step: int, schedule: tuple[int, int, int, int]) -> int:
     """Steps of a model rollout, a whole number on the line of --rollout-schedule (J)."""
     start, end, low, high = schedule
     return low + (min(max(step, start), end) - start) * (high - low) // max(end - start, 1)
 
 
-def model_step(
-    model: dict, policy: dict, obs: Tensor, choice: Tensor, noise: tuple, nets: dict, args: Args
-) -> tuple[Tensor, Tensor, Tensor]:
+def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, nets, args) -> tuple:
     """a [B, A], s' [B, S] and r [B] after s [B, S], all sampled: a pure function.
 
     Branch b follows elite `choice[b]`; noise is that of the action [B, A], the model's [B, S + 1].
     """
-    action, _ = sample_action(nets, policy, obs, noise[0])
+    action, _ = sample_action(nets, actor, obs, noise[0])
     inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
     elites = members(model["learner"]["params"], model["elites"])
     mean, log_var = predict(nets["ensemble"], elites, inputs)  # [K, B, S + 1] of K elites
     branch = torch.arange(len(obs), device=obs.device)
     prediction = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
-    prediction = denormalize(prediction, model["scaler"]["targets"])
+    mean, std = model["scaler"]["targets"]
+    prediction = mean + std * prediction
     return action, *apply_prediction(obs, prediction)
 
 
-def rollout(
-    model: dict, policy: dict, starts: Batch, horizon: int, step, terminates, draw: dict
-) -> Tensor:
-    """Rows of the transitions on branches of up to `horizon` steps from `starts.obs` [B, S].
-
-    At every step every branch draws its elite and fresh noise; it stops where the task terminates.
-    """
+def rollout(model, actor, starts: Batch, horizon: int, step, terminates, draw: dict) -> Tensor:
+    """Rows of up to `horizon` steps from each of B states; every step draws its elite and noise."""
     rows, obs, alive = [], starts.obs, starts.reward.isfinite()  # [B], all true
     for _ in range(horizon):
         choice = torch.randint(len(model["elites"]), alive.shape, **draw)
         model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
         noise = (torch.randn(starts.action.shape, **draw), model_noise)
-        action, next_obs, reward = step(model, policy, obs, choice, noise)
+        action, next_obs, reward = step(model, actor, obs, choice, noise)
         terminated = terminates(obs, action, next_obs)
         parts = [obs, action, reward[:, None], next_obs, terminated[:, None]]
         rows.append(torch.cat(parts, -1)[alive])
@@ -553,7 +469,6 @@ def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
     return new
 
 
-# =================================== SAC update ====================================
 def adam_init(net: nn.Module, device: torch.device) -> dict:
     """What Adam learns: parameters by name, their gradients' first and second moments, steps."""
     params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
@@ -567,10 +482,8 @@ def adam_step(learner: dict, grads: dict, lr: float) -> dict:
     m = {name: beta1 * learner["m"][name] + (1 - beta1) * g for name, g in grads.items()}
     v = {name: beta2 * learner["v"][name] + (1 - beta2) * g**2 for name, g in grads.items()}
     m_scale, v_scale = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
-    params = {
-        name: param - lr * m[name] * m_scale / ((v[name] * v_scale).sqrt() + eps)
-        for name, param in learner["params"].items()
-    }
+    change = {name: lr * m[name] * m_scale / ((v[name] * v_scale).sqrt() + eps) for name in grads}
+    params = {name: param - change[name] for name, param in learner["params"].items()}
     return {"params": params, "m": m, "v": v, "t": t}
 
 
@@ -584,8 +497,7 @@ def sac_init(nets: dict, alpha: float, device: torch.device) -> dict:
 def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args) -> tuple:
     """One update on B transitions with noise [2, B, A]; returns the new agent and its metrics.
 
-    A pure function of the equations at the top of this file. Order: critics, targets, the actor
-    against the new critics, temperature (S).
+    A pure function. Order: critics, targets, the actor against the new critics, temperature (S).
     """
     alpha, old_actor = agent["temperature"]["params"]["log_alpha"].exp(), agent["actor"]["params"]
     next_action, next_log_prob = sample_action(nets, old_actor, batch.next_obs, noise[0])
@@ -609,7 +521,8 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     grads, (actor_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
     actor, temperature = adam_step(agent["actor"], grads, args.policy_lr), agent["temperature"]
     if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
-        grads = {"log_alpha": alpha * (entropy - args.target_entropy)}
+        goal = -batch.action.shape[-1] / 2 if args.target_entropy is None else args.target_entropy
+        grads = {"log_alpha": alpha * (entropy - goal)}
         temperature = adam_step(temperature, grads, args.q_lr)
 
     metrics = {"q_loss": q_loss, "q": q, "actor_loss": actor_loss, "entropy": entropy}
@@ -617,24 +530,6 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     return agent, metrics | {"alpha": alpha}
 
 
-def compiled(function, enabled: bool):
-    """The function compiled as one graph; the function itself where that is off or fails."""
-    graph = torch.compile(function, fullgraph=True, dynamic=False)
-
-    def call(*inputs):
-        if call.compiled:
-            try:
-                return graph(*inputs)
-            except Exception as error:
-                call.compiled, reason = False, str(error).strip().splitlines()[0]
-                print(f"going on uncompiled, as torch.compile failed: {reason}", file=sys.stderr)
-        return function(*inputs)
-
-    call.compiled = enabled
-    return call
-
-
-# =================================== evaluation ====================================
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
@@ -643,23 +538,19 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     min_i Q_i(s_T, a'_T) stands in for G_T.
     """
     obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
-    action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
     critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
-    q = critic((episode.obs, episode.action)).amin(0)  # [T]
-    bonus = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1]
-    last_value = critic((obs[-1], action[-1])).amin(0) + bonus[-1]
-    value, bias = (1 - episode.terminated[-1]) * last_value, 0.0  # V_T
-    for t in reversed(range(len(q))):
-        soft_return = episode.reward[t] + gamma * value  # G_t
-        value, bias = soft_return + bonus[t], bias + (q[t] - soft_return) / len(q)
-    return float(bias)
+    action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
+    value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonuses yet
+    value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1], action[-1])).amin(0))
+    bias = critic((episode.obs, episode.action)).amin(0)  # [T]
+    for t in reversed(range(len(bias))):
+        soft_return = episode.reward[t] + gamma * value[t + 1]  # G_t
+        bias[t], value[t] = bias[t] - soft_return, value[t] + soft_return
+    return float(bias.mean())
 
 
 def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpack) -> tuple:
-    """Returns of deterministic episodes, a = tanh(mean), and the critic's mean bias on them.
-
-    Environment, seeds and noise are its own: it draws from no random stream of training.
-    """
+    """Returns of deterministic episodes, the critic's bias on them; draws no noise of training."""
     actor, device = agent["actor"]["params"], agent["actor"]["t"].device
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 1, step))
     returns, biases = [], []
@@ -668,23 +559,19 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         rows, over = [], False
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = torch.tanh(functional_call(nets["actor"], actor, (x,))[0]).cpu().numpy()
+            action = torch.tanh(policy(nets, actor, x)[0]).cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
         transitions = unpack(torch.as_tensor(np.array(rows), dtype=torch.float32, device=device))
         noise = torch.randn(len(rows) + 1, len(action), generator=generator, device=device)
-        returns.append(sum(transitions.reward.tolist()))
         biases.append(critic_bias(agent, nets, args.gamma, transitions, noise))
+        returns.append(sum(transitions.reward.tolist()))
     return returns, np.mean(biases)
 
 
-# =================================== checkpoint ====================================
 def write_file(path: Path, content: bytes | dict) -> None:
-    """Writes all of `content` to a temporary file, which then replaces `path` in one step.
-
-    If the disk does not take it, says so, and `path` stays as it was.
-    """
+    """Replaces the file in one step, or, if the disk does not take it, says so and keeps it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -692,30 +579,27 @@ def write_file(path: Path, content: bytes | dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        tqdm.write(f"can't write {path}: {error}; what was there is kept", file=sys.stderr)
+        tqdm.write(f"{path} stays as it was: {error}", file=sys.stderr)
 
 
 def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]:
-    """Returns the run's folder, its settings, and the checkpoint to go on from or None.
-
-    Raises InputError, with all left as it is, for a folder that can't be written, one that holds
-    a run (unless --resume or --overwrite), and a checkpoint that is damaged or not of this run.
-    """
-    run_dir = Path(args.run_root) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    """The run's folder, settings, checkpoint or None; InputError, all kept, if it can't be used."""
+    run_dir = Path(args.run_root, f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}")
     settings = json.loads(json.dumps({"script": Path(__file__).name} | asdict(args)))
     free = "resume overwrite run_root total_timesteps checkpoint_frequency capture_video track"
+    fixed = settings.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}
     file, saved = run_dir / "checkpoint.pt", None
     if args.resume and file.exists():
         try:
             saved = torch.load(file, map_location=device, weights_only=True)
         except Exception:  # torch.load has no error of its own
             raise InputError(f"{file} is damaged or cut short; --overwrite starts anew") from None
-        for name, value in saved["settings"].items():
-            if name not in free and "wandb" not in name and value != settings.get(name):
-                change = f"{name} {value}, not {settings.get(name)}"
-                raise InputError(f"{file} is of a run with {change}; choose another --exp-name")
+        for name in fixed:
+            if (was := saved["settings"].get(name)) != settings[name]:
+                change = f"{name} {was}, not {settings[name]}: choose another --exp-name"
+                raise InputError(f"{file} is of a run with {change}")
     elif run_dir.exists() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
     try:
@@ -728,54 +612,52 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
     return run_dir, settings, saved
 
 
-# ====================================== train ======================================
 def train(args: Args) -> dict:
-    """Trains as `args` say; returns the rows of eval.csv and the final agent.
+    """Trains as `args` say; returns the lines of eval.csv and the final agent.
 
-    Raises InputError, before anything is written, for what can't work, and FloatingPointError
-    when an observation, reward, loss or parameter is not finite.
+    Raises InputError, with nothing written, and FloatingPointError (see `check_finite`).
     """
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
+    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     terminates, longest = termination_function(args), max(args.rollout_schedule[2:])
     kept = 1000 * args.rollouts_per_step  # synthetic transitions, times the horizon (J)
-    ReplayBuffer(kept * longest, obs_dim, action_dim, device)  # raises now what it would later
+    ReplayBuffer(kept * longest, *dims, device)  # raises now what it would later
     run_dir, settings, saved = open_run(args, device)
-    if args.target_entropy is None:
-        args = replace(args, target_entropy=-action_dim / 2)
-
+    try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
+        torch.compile(torch.cos, disable=not args.compile)(torch.ones(1, device=device))
+    except Exception as error:
+        print(f"going on uncompiled: {str(error).splitlines()[0]}", file=sys.stderr)
+        args = replace(args, compile=False)
+    jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
     torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
     generator = torch.Generator(device).manual_seed(args.seed)
     draw = {"generator": generator, "device": device}
-    nets = {"actor": Actor(obs_dim, action_dim), "critic": Critic(obs_dim, action_dim)}
+    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+    nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
-    nets["ensemble"] = Ensemble(
-        args.ensemble_size, obs_dim + action_dim, obs_dim + 1, args.model_hidden
-    )
+    nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
     model = {"learner": adam_init(nets["ensemble"], device)}
-    update_model = compiled(partial(model_update, net=nets["ensemble"], args=args), args.compile)
-    step_model = compiled(partial(model_step, nets=nets, args=args), args.compile)
-    update = compiled(partial(sac_update, nets=nets, args=args), args.compile)
-    start, episode, seconds, evaluations = 0, 0, 0.0, []
+    update_model = jit(partial(model_update, net=nets["ensemble"], args=args))
+    step_model = jit(partial(model_step, nets=nets, args=args))
+    update = jit(partial(sac_update, nets=nets, args=args))
+    start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
         generator.set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
-    capacity = kept * rollout_horizon(start, args.rollout_schedule)
-    synthetic = ReplayBuffer(capacity, obs_dim, action_dim, device)
+    synthetic = ReplayBuffer(kept * rollout_horizon(start, args.rollout_schedule), *dims, device)
     if saved:
         model = saved["model"]
         synthetic.add(saved["synthetic"])
         synthetic.added = saved["synthetic_added"]
 
     if args.track:
-        import wandb
-
+        wandb = importlib.import_module("wandb")
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         wandb.init(**names, id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if args.capture_video:
@@ -791,18 +673,16 @@ def train(args: Args) -> dict:
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
                 episode, episode_return = episode + 1, 0.0
             if step <= args.learning_starts:
-                action = 2 * torch.rand(action_dim, **draw) - 1
+                action = 2 * torch.rand(dims[1], **draw) - 1
             else:
-                x = torch.as_tensor(obs, dtype=torch.float32, device=device)
-                action, _ = sample_action(
-                    nets, agent["actor"]["params"], x, torch.randn(action_dim, **draw)
-                )
+                x, noise = to_tensor(obs), torch.randn(dims[1], **draw)
+                action, _ = sample_action(nets, agent["actor"]["params"], x, noise)
             action = action.cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
-            check_termination(terminates, args.env_id, obs, action, next_obs, terminated, step)
+            check_termination(terminates, args, step, obs, action, next_obs, terminated)
             row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
-            buffer.add(torch.as_tensor(row[None], dtype=torch.float32, device=device))
+            buffer.add(to_tensor(row[None]))
             obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
             bar.update()
             if over:
@@ -820,13 +700,12 @@ def train(args: Args) -> dict:
             if horizon * kept != len(synthetic.rows):
                 synthetic = resized(synthetic, horizon * kept)
             starts = buffer.unpack(buffer.sample(args.rollouts_per_step, draw=draw))
-            policy = agent["actor"]["params"]
-            synthetic.add(rollout(model, policy, starts, horizon, step_model, terminates, draw))
+            actor = agent["actor"]["params"]
+            synthetic.add(rollout(model, actor, starts, horizon, step_model, terminates, draw))
             real = int(args.real_ratio * args.batch_size)
             sizes = [(buffer, real), (synthetic, args.batch_size - real)]
-            parts = [data.sample(args.updates_per_step, size, draw=draw) for data, size in sizes]
-            rows = torch.cat(parts, 1)
-            noise = torch.randn(args.updates_per_step, 2, args.batch_size, action_dim, **draw)
+            rows = torch.cat([x.sample(args.updates_per_step, n, draw=draw) for x, n in sizes], 1)
+            noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 agent, metrics = update(agent, buffer.unpack(rows[i]), noise[i])
             check_finite(step, **metrics)
@@ -839,24 +718,23 @@ def train(args: Args) -> dict:
 
         if args.eval_frequency and step % args.eval_frequency == 0:
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
-            mean, std, elapsed = np.mean(returns), np.std(returns), time.perf_counter() - began
-            numbers = [mean, std, min(returns), max(returns), len(returns), elapsed]
+            elapsed, spread = time.perf_counter() - began, (min(returns), max(returns))
+            numbers = [np.mean(returns), np.std(returns), *spread, len(returns), elapsed]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
-            text = "\n".join(["step,mean,std,min,max,episodes,seconds", *evaluations, ""])
-            write_file(run_dir / "eval.csv", text.encode())
-            writer.add_scalar("eval/return", mean, step)
+            write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
+            writer.add_scalar("eval/return", numbers[0], step)
             writer.add_scalar("eval/critic_bias", bias, step)
-            tqdm.write(f"step {step:7d}  return {mean:8.2f} +- {std:.2f}  {elapsed:.0f} s")
+            tqdm.write("step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers))
 
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
-            progress, checkpointed = [step, episode, time.perf_counter() - began, evaluations], step
-            state = {"settings": settings, "progress": progress, "generator": generator.get_state()}
-            rows = buffer.rows[: len(buffer)].clone()
-            state |= {"agent": agent, "rows": rows, "added": buffer.added}
-            rows = synthetic.rows[: len(synthetic)].clone()
-            state |= {"model": model, "synthetic": rows, "synthetic_added": synthetic.added}
+            checkpointed, seconds = step, time.perf_counter() - began
+            state = {"settings": settings, "progress": (step, episode, seconds, evaluations)}
+            state |= {"agent": agent, "generator": generator.get_state()}
+            state |= {"rows": buffer.rows[: len(buffer)].clone(), "added": buffer.added}
+            filled = synthetic.rows[: len(synthetic)].clone()
+            state |= {"model": model, "synthetic": filled, "synthetic_added": synthetic.added}
             write_file(run_dir / "checkpoint.pt", state)
     writer.close()
     return {"evaluations": evaluations, "agent": agent}

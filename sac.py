@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.1", "mujoco==3.17.0",
-#   "dm_control==1.0.50", "shimmy>=2.0", "tyro>=0.9", "numpy>=1.26", "tensorboard>=2.18",
-#   "tqdm>=4.66"]
+# dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.1", "mujoco==3.17.0", "tyro>=0.9",
+#   "dm_control==1.0.50", "shimmy>=2.0", "numpy>=1.26", "tensorboard>=2.18", "tqdm>=4.66"]
 # ///
 """Soft Actor-Critic (SAC), the model-free base of the four scripts.
 
@@ -17,10 +16,9 @@ pi(a | s) maximizes the discounted return plus the entropy bonus alpha H(pi(. | 
 
     python sac.py --env-id dmc/walker-run --seed 3
 
-`--updates-per-step 20` is the "no model" baseline of the MBPO paper (Janner et al. 2019).
-
+With `--updates-per-step 20` it is the "no model" baseline of the MBPO paper (Janner et al. 2019).
 Sources of defaults: SAC is the paper above; J is the original MBPO code, github.com/jannerm/mbpo;
-S is the code of the authors of "Fixing That Free Lunch", github.com/CLeARoboticsLab/STFL.
+S is FTFL's authors', github.com/CLeARoboticsLab/STFL.
 """
 
 import difflib
@@ -48,11 +46,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# ==================================== arguments ====================================
 @dataclass
 class Args:
-    """Every field is a flag."""
-
     env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, or a Gymnasium id
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (S)
@@ -83,69 +78,53 @@ class Args:
 
 
 class InputError(ValueError):
-    """What was asked for can't be done; the message is one line that says what to do."""
+    """What was asked for can't be done; one line says why and what to do."""
 
 
 def check_args(args: Args) -> None:
     """Raises InputError for a value out of its range, and for what this machine lacks."""
     counts = "total_timesteps learning_starts updates_per_step batch_size buffer_size eval_episodes"
-    accelerators = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    devices = ["auto", "cpu", *(name for name in accelerators if accelerators[name].is_available())]
+    found = importlib.util.find_spec
+    there = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
     for names, holds, wanted in [
         (counts, lambda x: x >= 1, "at least 1"),
         ("seed eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
         ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
         ("policy_lr q_lr alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
-        ("device", lambda x: x in devices, f"one of {', '.join(devices)} on this machine"),
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
+        ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
+        ("track", lambda x: not x or found("wandb"), "off without: pip install wandb"),
+        ("capture_video", lambda x: not x or found("moviepy"), "off without: pip install moviepy"),
     ]:
         for name in names.split():
             if not holds(value := getattr(args, name)):
                 raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
-    for flag, package in [("track", "wandb"), ("capture_video", "moviepy")]:
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise InputError(f"--{flag.replace('_', '-')} needs a package: pip install {package}")
-
-
-# =================================== environment ===================================
-HIDDEN_PARTS = {  # of the observation; J keeps positions and velocities, 27 and 45 dimensions
-    "Ant-v5": ["cfrc_ext"],
-    "Humanoid-v5": ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"],
-}
 
 
 def make_env(env_id: str, render: bool = False) -> gym.Env:
-    """The task with flat observations [S] and actions in [-1, 1]^A; no action is repeated.
-
-    Episodes end at the task's own time limit, or after 1,000 steps where it sets none.
-    Raises InputError for an unknown id, and for spaces that the scripts can't train on.
-    """
-    name, box = env_id, gym.spaces.Box
-    kwargs = {f"include_{part}_in_observation": False for part in HIDDEN_PARTS.get(env_id, [])}
-    kwargs |= {"render_mode": "rgb_array"} if render else {}
+    """The task with observations [S], actions in [-1, 1]^A; InputError if it can't be trained."""
+    name, box, kwargs = env_id, gym.spaces.Box, {"render_mode": "rgb_array"} if render else {}
+    hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as in J
+    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
     if env_id.startswith("dmc/"):
-        import shimmy  # noqa: F401  (registers the suite as dm_control/<domain>-<task>-v0)
-
+        importlib.import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
         name = f"dm_control/{env_id.removeprefix('dmc/')}-v0"
-        kwargs |= {"render_kwargs": {"camera_id": 0}} if render else {}
     try:
-        limit = gym.spec(name).max_episode_steps or 1000
+        limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
         env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        from dm_control.suite import ALL_TASKS
-
-        known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in ALL_TASKS)]
-        near = " or ".join(difflib.get_close_matches(env_id, known) or ["dmc/walker-run"])
-        unknown = isinstance(error, gym.error.UnregisteredEnv)
-        reason = f"no such task; did you mean {near}?" if unknown else str(error).splitlines()[0]
+    except Exception as error:  # of the registry, or of the environment itself
+        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, gym.error.UnregisteredEnv):
+            tasks = importlib.import_module("dm_control.suite").ALL_TASKS
+            known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in tasks)]
+            near = " or ".join(difflib.get_close_matches(env_id, known)) or "dmc/walker-run"
+            reason = f"no such task; did you mean {near}?"
         raise InputError(f"--env-id {env_id}: {reason}") from None
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     actions, states = env.action_space, env.observation_space
-    bounded = (
-        isinstance(actions, box) and max(abs(actions.low).max(), abs(actions.high).max()) < 1e9
-    )
+    bounded = isinstance(actions, box) and (np.abs([actions.low, actions.high]) < 1e9).all()
     if not bounded or not isinstance(states, box) or len(states.shape) != 1:
         wanted = "actions must be a bounded Box and observations vectors"
         raise InputError(f"--env-id {env_id}: {wanted}, not {actions} and {states}")
@@ -164,7 +143,6 @@ def check_finite(step: int, **quantities) -> None:
             raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
 
 
-# ================================== replay buffer ==================================
 class Batch(NamedTuple):
     """Transitions, taken apart; ... stands for any batch shape."""
 
@@ -176,18 +154,17 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring of the last `capacity` transitions, one row [s, a, r, s', terminated] each.
-
-    Raises InputError if the rows don't fit into the machine's (or the GPU's) memory.
-    """
+    """Ring of the last `capacity` transitions, one row each; InputError if memory is too small."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.parts = [obs_dim, action_dim, 1, obs_dim, 1]
-        need = 4 * capacity * sum(self.parts)  # bytes
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if need > (torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory):
-            size = f"{capacity} transitions take {need / 2**30:.0f} GiB"
-            raise InputError(f"the replay buffer does not fit into memory: {size}")
+        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
+        if (size := 4 * capacity * sum(self.parts)) > memory:
+            wanted = (
+                f"{size / 2**30:.0f} GiB for {capacity} transitions, {memory / 2**30:.0f} exist"
+            )
+            raise InputError(f"the memory does not hold the replay buffer: {wanted}")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -210,27 +187,13 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
 
-# ================================ actor and critic =================================
 def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
-    sizes = [(in_dim, hidden), (hidden, hidden), (hidden, out_dim)]
-    layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in sizes]
+    layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
         nn.init.zeros_(layer.bias)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-
-
-class Actor(nn.Module):
-    """Mean and log standard deviation [..., A] of u, where a = tanh(u), given s [..., S]."""
-
-    def __init__(self, obs_dim: int, action_dim: int):
-        super().__init__()
-        self.net = mlp(obs_dim, 2 * action_dim)
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.net(obs).chunk(2, -1)
-        return mean, -10 + 6 * (1 + torch.tanh(log_std))  # log std in [-10, 2] (S)
 
 
 class Critic(nn.Module):
@@ -245,20 +208,24 @@ class Critic(nn.Module):
         return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
 
 
-def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...].
+def policy(nets: dict, params: dict, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log standard deviation [..., A] of u, where a = tanh(u), given s [..., S]."""
+    mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
+    return mean, -10 + 6 * (1 + torch.tanh(log_std))  # log std in [-10, 2] (S)
 
-    log pi(a | s) = log N(u; mean, std) - sum log(1 - tanh(u)^2) (SAC, eq. 26), the last term as
-    2 (log 2 - u - softplus(-2u)), which is exact and stable.
+
+def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
+
+    log pi(a | s) = log N(u) - sum log(1 - tanh(u)^2), the latter 2 (log 2 - u - softplus(-2u)).
     """
-    mean, log_std = functional_call(nets["actor"], params, (obs,))
+    mean, log_std = policy(nets, params, obs)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
     log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
     return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
 
 
-# =================================== SAC update ====================================
 def adam_init(net: nn.Module, device: torch.device) -> dict:
     """What Adam learns: parameters by name, their gradients' first and second moments, steps."""
     params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
@@ -272,10 +239,8 @@ def adam_step(learner: dict, grads: dict, lr: float) -> dict:
     m = {name: beta1 * learner["m"][name] + (1 - beta1) * g for name, g in grads.items()}
     v = {name: beta2 * learner["v"][name] + (1 - beta2) * g**2 for name, g in grads.items()}
     m_scale, v_scale = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
-    params = {
-        name: param - lr * m[name] * m_scale / ((v[name] * v_scale).sqrt() + eps)
-        for name, param in learner["params"].items()
-    }
+    change = {name: lr * m[name] * m_scale / ((v[name] * v_scale).sqrt() + eps) for name in grads}
+    params = {name: param - change[name] for name, param in learner["params"].items()}
     return {"params": params, "m": m, "v": v, "t": t}
 
 
@@ -289,8 +254,7 @@ def sac_init(nets: dict, alpha: float, device: torch.device) -> dict:
 def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args) -> tuple:
     """One update on B transitions with noise [2, B, A]; returns the new agent and its metrics.
 
-    A pure function of the equations at the top of this file. Order: critics, targets, the actor
-    against the new critics, temperature (S).
+    A pure function. Order: critics, targets, the actor against the new critics, temperature (S).
     """
     alpha, old_actor = agent["temperature"]["params"]["log_alpha"].exp(), agent["actor"]["params"]
     next_action, next_log_prob = sample_action(nets, old_actor, batch.next_obs, noise[0])
@@ -314,7 +278,8 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     grads, (actor_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
     actor, temperature = adam_step(agent["actor"], grads, args.policy_lr), agent["temperature"]
     if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
-        grads = {"log_alpha": alpha * (entropy - args.target_entropy)}
+        goal = -batch.action.shape[-1] / 2 if args.target_entropy is None else args.target_entropy
+        grads = {"log_alpha": alpha * (entropy - goal)}
         temperature = adam_step(temperature, grads, args.q_lr)
 
     metrics = {"q_loss": q_loss, "q": q, "actor_loss": actor_loss, "entropy": entropy}
@@ -322,24 +287,6 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     return agent, metrics | {"alpha": alpha}
 
 
-def compiled(function, enabled: bool):
-    """The function compiled as one graph; the function itself where that is off or fails."""
-    graph = torch.compile(function, fullgraph=True, dynamic=False)
-
-    def call(*inputs):
-        if call.compiled:
-            try:
-                return graph(*inputs)
-            except Exception as error:
-                call.compiled, reason = False, str(error).strip().splitlines()[0]
-                print(f"going on uncompiled, as torch.compile failed: {reason}", file=sys.stderr)
-        return function(*inputs)
-
-    call.compiled = enabled
-    return call
-
-
-# =================================== evaluation ====================================
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
@@ -348,23 +295,19 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     min_i Q_i(s_T, a'_T) stands in for G_T.
     """
     obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
-    action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
     critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
-    q = critic((episode.obs, episode.action)).amin(0)  # [T]
-    bonus = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1]
-    last_value = critic((obs[-1], action[-1])).amin(0) + bonus[-1]
-    value, bias = (1 - episode.terminated[-1]) * last_value, 0.0  # V_T
-    for t in reversed(range(len(q))):
-        soft_return = episode.reward[t] + gamma * value  # G_t
-        value, bias = soft_return + bonus[t], bias + (q[t] - soft_return) / len(q)
-    return float(bias)
+    action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
+    value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonuses yet
+    value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1], action[-1])).amin(0))
+    bias = critic((episode.obs, episode.action)).amin(0)  # [T]
+    for t in reversed(range(len(bias))):
+        soft_return = episode.reward[t] + gamma * value[t + 1]  # G_t
+        bias[t], value[t] = bias[t] - soft_return, value[t] + soft_return
+    return float(bias.mean())
 
 
 def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpack) -> tuple:
-    """Returns of deterministic episodes, a = tanh(mean), and the critic's mean bias on them.
-
-    Environment, seeds and noise are its own: it draws from no random stream of training.
-    """
+    """Returns of deterministic episodes, the critic's bias on them; draws no noise of training."""
     actor, device = agent["actor"]["params"], agent["actor"]["t"].device
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 1, step))
     returns, biases = [], []
@@ -373,23 +316,19 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         rows, over = [], False
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = torch.tanh(functional_call(nets["actor"], actor, (x,))[0]).cpu().numpy()
+            action = torch.tanh(policy(nets, actor, x)[0]).cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
         transitions = unpack(torch.as_tensor(np.array(rows), dtype=torch.float32, device=device))
         noise = torch.randn(len(rows) + 1, len(action), generator=generator, device=device)
-        returns.append(sum(transitions.reward.tolist()))
         biases.append(critic_bias(agent, nets, args.gamma, transitions, noise))
+        returns.append(sum(transitions.reward.tolist()))
     return returns, np.mean(biases)
 
 
-# =================================== checkpoint ====================================
 def write_file(path: Path, content: bytes | dict) -> None:
-    """Writes all of `content` to a temporary file, which then replaces `path` in one step.
-
-    If the disk does not take it, says so, and `path` stays as it was.
-    """
+    """Replaces the file in one step, or, if the disk does not take it, says so and keeps it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -397,30 +336,27 @@ def write_file(path: Path, content: bytes | dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        tqdm.write(f"can't write {path}: {error}; what was there is kept", file=sys.stderr)
+        tqdm.write(f"{path} stays as it was: {error}", file=sys.stderr)
 
 
 def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]:
-    """Returns the run's folder, its settings, and the checkpoint to go on from or None.
-
-    Raises InputError, with all left as it is, for a folder that can't be written, one that holds
-    a run (unless --resume or --overwrite), and a checkpoint that is damaged or not of this run.
-    """
-    run_dir = Path(args.run_root) / f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+    """The run's folder, settings, checkpoint or None; InputError, all kept, if it can't be used."""
+    run_dir = Path(args.run_root, f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}")
     settings = json.loads(json.dumps({"script": Path(__file__).name} | asdict(args)))
     free = "resume overwrite run_root total_timesteps checkpoint_frequency capture_video track"
+    fixed = settings.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}
     file, saved = run_dir / "checkpoint.pt", None
     if args.resume and file.exists():
         try:
             saved = torch.load(file, map_location=device, weights_only=True)
         except Exception:  # torch.load has no error of its own
             raise InputError(f"{file} is damaged or cut short; --overwrite starts anew") from None
-        for name, value in saved["settings"].items():
-            if name not in free and "wandb" not in name and value != settings.get(name):
-                change = f"{name} {value}, not {settings.get(name)}"
-                raise InputError(f"{file} is of a run with {change}; choose another --exp-name")
+        for name in fixed:
+            if (was := saved["settings"].get(name)) != settings[name]:
+                change = f"{name} {was}, not {settings[name]}: choose another --exp-name"
+                raise InputError(f"{file} is of a run with {change}")
     elif run_dir.exists() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
     try:
@@ -433,30 +369,32 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
     return run_dir, settings, saved
 
 
-# ====================================== train ======================================
 def train(args: Args) -> dict:
-    """Trains as `args` say; returns the rows of eval.csv and the final agent.
+    """Trains as `args` say; returns the lines of eval.csv and the final agent.
 
-    Raises InputError, before anything is written, for what can't work, and FloatingPointError
-    when an observation, reward, loss or parameter is not finite.
+    Raises InputError, with nothing written, and FloatingPointError (see `check_finite`).
     """
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
+    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     run_dir, settings, saved = open_run(args, device)
-    if args.target_entropy is None:
-        args = replace(args, target_entropy=-action_dim / 2)
-
+    try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
+        torch.compile(torch.cos, disable=not args.compile)(torch.ones(1, device=device))
+    except Exception as error:
+        print(f"going on uncompiled: {str(error).splitlines()[0]}", file=sys.stderr)
+        args = replace(args, compile=False)
+    jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
     torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
     generator = torch.Generator(device).manual_seed(args.seed)
     draw = {"generator": generator, "device": device}
-    nets = {"actor": Actor(obs_dim, action_dim), "critic": Critic(obs_dim, action_dim)}
+    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
+    nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
-    update = compiled(partial(sac_update, nets=nets, args=args), args.compile)
-    start, episode, seconds, evaluations = 0, 0, 0.0, []
+    update = jit(partial(sac_update, nets=nets, args=args))
+    start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
         generator.set_state(saved["generator"].cpu())
@@ -464,8 +402,7 @@ def train(args: Args) -> dict:
         buffer.added = saved["added"]
 
     if args.track:
-        import wandb
-
+        wandb = importlib.import_module("wandb")
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         wandb.init(**names, id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if args.capture_video:
@@ -481,17 +418,15 @@ def train(args: Args) -> dict:
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
                 episode, episode_return = episode + 1, 0.0
             if step <= args.learning_starts:
-                action = 2 * torch.rand(action_dim, **draw) - 1
+                action = 2 * torch.rand(dims[1], **draw) - 1
             else:
-                x = torch.as_tensor(obs, dtype=torch.float32, device=device)
-                action, _ = sample_action(
-                    nets, agent["actor"]["params"], x, torch.randn(action_dim, **draw)
-                )
+                x, noise = to_tensor(obs), torch.randn(dims[1], **draw)
+                action, _ = sample_action(nets, agent["actor"]["params"], x, noise)
             action = action.cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
             row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
-            buffer.add(torch.as_tensor(row[None], dtype=torch.float32, device=device))
+            buffer.add(to_tensor(row[None]))
             obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
             bar.update()
             if over:
@@ -500,7 +435,7 @@ def train(args: Args) -> dict:
 
         if step >= args.learning_starts:
             rows = buffer.sample(args.updates_per_step, args.batch_size, draw=draw)
-            noise = torch.randn(args.updates_per_step, 2, args.batch_size, action_dim, **draw)
+            noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 agent, metrics = update(agent, buffer.unpack(rows[i]), noise[i])
             check_finite(step, **metrics)
@@ -511,22 +446,21 @@ def train(args: Args) -> dict:
 
         if args.eval_frequency and step % args.eval_frequency == 0:
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
-            mean, std, elapsed = np.mean(returns), np.std(returns), time.perf_counter() - began
-            numbers = [mean, std, min(returns), max(returns), len(returns), elapsed]
+            elapsed, spread = time.perf_counter() - began, (min(returns), max(returns))
+            numbers = [np.mean(returns), np.std(returns), *spread, len(returns), elapsed]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
-            text = "\n".join(["step,mean,std,min,max,episodes,seconds", *evaluations, ""])
-            write_file(run_dir / "eval.csv", text.encode())
-            writer.add_scalar("eval/return", mean, step)
+            write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
+            writer.add_scalar("eval/return", numbers[0], step)
             writer.add_scalar("eval/critic_bias", bias, step)
-            tqdm.write(f"step {step:7d}  return {mean:8.2f} +- {std:.2f}  {elapsed:.0f} s")
+            tqdm.write("step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers))
 
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
-            progress, checkpointed = [step, episode, time.perf_counter() - began, evaluations], step
-            state = {"settings": settings, "progress": progress, "generator": generator.get_state()}
-            rows = buffer.rows[: len(buffer)].clone()
-            state |= {"agent": agent, "rows": rows, "added": buffer.added}
+            checkpointed, seconds = step, time.perf_counter() - began
+            state = {"settings": settings, "progress": (step, episode, seconds, evaluations)}
+            state |= {"agent": agent, "generator": generator.get_state()}
+            state |= {"rows": buffer.rows[: len(buffer)].clone(), "added": buffer.added}
             write_file(run_dir / "checkpoint.pt", state)
     writer.close()
     return {"evaluations": evaluations, "agent": agent}
