@@ -15,15 +15,13 @@ networks, each on its own bootstrap sample of the real transitions, learns state
     rollouts      from real states, with the policy's actions, fill the synthetic buffer
     SAC           as in sac.py, on batches of 5 % real and 95 % synthetic transitions
 
-    python mbpo.py --env-id dmc/walker-run --seed 3
-
+Run: python mbpo.py --env-id dmc/walker-run --seed 3
 Differs from sac.py in: the ensemble, its rollouts, where batches come from, 20 updates per step.
 Sources of defaults: MBPO is the paper above, SAC arXiv 1812.05905; J is the original MBPO code,
 github.com/jannerm/mbpo; S is FTFL's authors' code, github.com/CLeARoboticsLab/STFL.
 """
 
 import difflib
-import importlib.util
 import itertools
 import json
 import math
@@ -34,6 +32,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module, util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +99,6 @@ def check_args(args: Args) -> None:
     """Raises InputError for a value out of its range, and for what this machine lacks."""
     counts = "total_timesteps learning_starts updates_per_step batch_size buffer_size eval_episodes"
     counts += " ensemble_size model_hidden model_train_frequency model_patience rollouts_per_step"
-    found = importlib.util.find_spec
     there = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
     for names, holds, wanted in [
         (counts, lambda x: x >= 1, "at least 1"),
@@ -110,8 +108,12 @@ def check_args(args: Args) -> None:
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
         ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
-        ("track", lambda x: not x or found("wandb"), "off without: pip install wandb"),
-        ("capture_video", lambda x: not x or found("moviepy"), "off without: pip install moviepy"),
+        ("track", lambda x: not x or util.find_spec("wandb"), "off (or pip install wandb)"),
+        (
+            "capture_video",
+            lambda x: not x or util.find_spec("moviepy"),
+            "off (pip install moviepy)",
+        ),
         ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
@@ -131,18 +133,22 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as in J
     kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
     if env_id.startswith("dmc/"):
-        importlib.import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
-        name = f"dm_control/{env_id.removeprefix('dmc/')}-v0"
+        name, kwargs["render_kwargs"] = f"dm_control/{env_id[4:]}-v0", {"camera_id": 0}
     try:
+        import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
         limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
         env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-    except Exception as error:  # of the registry, or of the environment itself
+        if render:  # fails here where there is no renderer
+            env.reset(), env.render()
+    except Exception as error:  # of the registry, of the environment, of the renderer
         reason = str(error).strip().splitlines()[0]
         if isinstance(error, gym.error.UnregisteredEnv):
-            tasks = importlib.import_module("dm_control.suite").ALL_TASKS
+            tasks = import_module("dm_control.suite").ALL_TASKS
             known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in tasks)]
-            near = " or ".join(difflib.get_close_matches(env_id, known)) or "dmc/walker-run"
-            reason = f"no such task; did you mean {near}?"
+            near = difflib.get_close_matches(env_id, known) or ["dmc/walker-run"]
+            reason = f"no such task; did you mean {' or '.join(near)}?"
+        elif render:
+            reason = f"--capture-video: {reason}; apt install libegl1, and set MUJOCO_GL=egl"
         raise InputError(f"--env-id {env_id}: {reason}") from None
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
@@ -514,16 +520,14 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
         q = functional_call(nets["critic"], new, (batch.obs, action)).amin(0)  # [B]
         return (alpha * log_prob - q).mean(), -log_prob.mean()
 
-    grads, (actor_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
+    grads, (pi_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
     actor, temperature = adam_step(agent["actor"], grads, args.policy_lr), agent["temperature"]
     if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
         goal = -batch.action.shape[-1] / 2 if args.target_entropy is None else args.target_entropy
         grads = {"log_alpha": alpha * (entropy - goal)}
         temperature = adam_step(temperature, grads, args.q_lr)
-
-    metrics = {"q_loss": q_loss, "q": q, "actor_loss": actor_loss, "entropy": entropy}
-    agent = {"actor": actor, "critic": critic, "temperature": temperature, "target": target}
-    return agent, metrics | {"alpha": alpha}
+    metrics = {"q_loss": q_loss, "q": q, "actor_loss": pi_loss, "entropy": entropy, "alpha": alpha}
+    return {"actor": actor, "critic": critic, "temperature": temperature, "target": target}, metrics
 
 
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
@@ -609,10 +613,7 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
 
 
 def train(args: Args) -> dict:
-    """Trains as `args` say; returns the lines of eval.csv and the final agent.
-
-    Raises InputError, with nothing written, and FloatingPointError (see `check_finite`).
-    """
+    """Trains; returns eval.csv's lines and the agent. InputError comes before any file does."""
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
@@ -651,9 +652,8 @@ def train(args: Args) -> dict:
         model = saved["model"]
         synthetic.add(saved["synthetic"])
         synthetic.added = saved["synthetic_added"]
-
     if args.track:
-        wandb = importlib.import_module("wandb")
+        wandb = import_module("wandb")
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
         wandb.init(**names, id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if args.capture_video:
@@ -714,8 +714,8 @@ def train(args: Args) -> dict:
 
         if args.eval_frequency and step % args.eval_frequency == 0:
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
-            elapsed, spread = time.perf_counter() - began, (min(returns), max(returns))
-            numbers = [np.mean(returns), np.std(returns), *spread, len(returns), elapsed]
+            seconds = time.perf_counter() - began
+            numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
             write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
             writer.add_scalar("eval/return", numbers[0], step)
@@ -725,14 +725,18 @@ def train(args: Args) -> dict:
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
-            checkpointed, seconds = step, time.perf_counter() - began
-            state = {"settings": settings, "progress": (step, episode, seconds, evaluations)}
-            state |= {"agent": agent, "generator": generator.get_state()}
-            state |= {"rows": buffer.rows[: len(buffer)].clone(), "added": buffer.added}
+            checkpointed, progress = step, (step, episode, time.perf_counter() - began, evaluations)
+            state = {"settings": settings, "progress": progress, "generator": generator.get_state()}
+            state |= {
+                "agent": agent,
+                "rows": buffer.rows[: len(buffer)].clone(),
+                "added": buffer.added,
+            }
             filled = synthetic.rows[: len(synthetic)].clone()
             state |= {"model": model, "synthetic": filled, "synthetic_added": synthetic.added}
             write_file(run_dir / "checkpoint.pt", state)
-    writer.close()
+    for opened in (writer, bar, env, eval_env):
+        opened.close()
     return {"evaluations": evaluations, "agent": agent}
 
 
@@ -741,8 +745,8 @@ def main() -> None:
     warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
     try:
         train(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except (InputError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, FloatingPointError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted; --resume goes on'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
