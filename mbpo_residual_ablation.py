@@ -18,8 +18,7 @@ networks, each on its own bootstrap sample of the real transitions, learns state
 Run: python mbpo_residual_ablation.py --env-id dmc/walker-run --seed 3
 Differs from mbpo_ftfl.py in: predicts s' - s. Other cells: --no-normalize-targets is mbpo.py,
 --no-predict-residual is mbpo_ftfl.py, both are raw s'.
-Sources of defaults: MBPO is the paper above, SAC arXiv 1812.05905; J is the original MBPO code,
-github.com/jannerm/mbpo; S is FTFL's authors' code, github.com/CLeARoboticsLab/STFL.
+Defaults: MBPO is above, SAC arXiv 1812.05905, J github.com/jannerm/mbpo, S CLeARoboticsLab/STFL.
 """
 
 import difflib
@@ -737,13 +736,10 @@ def train(args: Args) -> dict:
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
-            checkpointed, progress = step, (step, episode, time.perf_counter() - began, evaluations)
-            state = {"settings": settings, "progress": progress, "generator": generator.get_state()}
-            state |= {
-                "agent": agent,
-                "rows": buffer.rows[: len(buffer)].clone(),
-                "added": buffer.added,
-            }
+            checkpointed, seconds = step, time.perf_counter() - began
+            state = {"settings": settings, "agent": agent, "generator": generator.get_state()}
+            state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}
+            state |= {"rows": buffer.rows[: len(buffer)].clone()}
             filled = synthetic.rows[: len(synthetic)].clone()
             state |= {"model": model, "synthetic": filled, "synthetic_added": synthetic.added}
             write_file(run_dir / "checkpoint.pt", state)

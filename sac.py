@@ -16,8 +16,7 @@ pi(a | s) maximizes the discounted return plus the entropy bonus alpha H(pi(. | 
 
 Run: python sac.py --env-id dmc/walker-run --seed 3
 With `--updates-per-step 20` it is the "no model" baseline of the MBPO paper (Janner et al. 2019).
-Sources of defaults: SAC is the paper above; J is the original MBPO code, github.com/jannerm/mbpo;
-S is FTFL's authors', github.com/CLeARoboticsLab/STFL.
+Defaults: SAC is above, J github.com/jannerm/mbpo, S github.com/CLeARoboticsLab/STFL (FTFL).
 """
 
 import difflib
@@ -457,13 +456,10 @@ def train(args: Args) -> dict:
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
-            checkpointed, progress = step, (step, episode, time.perf_counter() - began, evaluations)
-            state = {"settings": settings, "progress": progress, "generator": generator.get_state()}
-            state |= {
-                "agent": agent,
-                "rows": buffer.rows[: len(buffer)].clone(),
-                "added": buffer.added,
-            }
+            checkpointed, seconds = step, time.perf_counter() - began
+            state = {"settings": settings, "agent": agent, "generator": generator.get_state()}
+            state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}
+            state |= {"rows": buffer.rows[: len(buffer)].clone()}
             write_file(run_dir / "checkpoint.pt", state)
     for opened in (writer, bar, env, eval_env):
         opened.close()
