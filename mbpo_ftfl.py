@@ -62,8 +62,8 @@ class Args:
     model_patience: int = 5  # epochs that no network improves by 1 % before a fit ends (J)
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
-    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # START END FROM TO: horizon grows
-    # from FROM steps at environment step START to TO steps at END (MBPO, table 1); default 1 (S)
+    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
+    """START END FROM TO: horizon FROM up to environment step START, TO from END (J); 1 is of S"""
     real_ratio: float = 0.05  # share of real transitions in a SAC batch (MBPO; J, S)
     never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)

@@ -65,8 +65,8 @@ class Args:
     normalize_targets: bool = True  # targets at unit scale (FTFL) or raw (J)
     predict_residual: bool = True  # predict s' - s (J) or s' (FTFL)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
-    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # START END FROM TO: horizon grows
-    # from FROM steps at environment step START to TO steps at END (MBPO, table 1); default 1 (S)
+    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
+    """START END FROM TO: horizon FROM up to environment step START, TO from END (J); 1 is of S"""
     real_ratio: float = 0.05  # share of real transitions in a SAC batch (MBPO; J, S)
     never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
