@@ -88,17 +88,14 @@ def timing_text() -> str:
         return "Not timed yet."
     took = json.loads(path.read_text())
     steps, hours = took["steps_per_second"], 500_000 / took["steps_per_second"] / 3600
-    return "\n".join(
-        [
-            f"On {took['cores']} CPU cores, with Python {took['python']} and packages from a near mirror:",
-            f"the first installs in {took['install_seconds'] / 60:.1f} minutes, prints a return of",
-            f"{took['untrained_return']:.2f} for the untrained policy at once, takes its 10,000 random",
-            f"steps in {took['random_steps_seconds']:.0f} seconds, and learns at {steps:.1f} steps (of 20",
-            f"updates each) per second from then on: {hours:.0f} hours for all 500,000 steps, which are",
-            f"a job for a GPU or for patience. The second runs {took['tests_passed']} tests in",
-            f"{took['test_seconds'] / 60:.0f} minutes; each script must learn a real task in them.",
-        ]
-    )
+    return f"""\
+On {took["cores"]} CPU cores, with Python {took["python"]} and a near package mirror, the first
+installs in {took["install_seconds"] / 60:.1f} minutes, prints a return of
+{took["untrained_return"]:.2f} for the untrained policy at once, takes its 10,000 random steps in
+{took["random_steps_seconds"]:.0f} seconds, and learns at {steps:.1f} steps (of 20 updates each) per
+second from then on: {hours:.0f} hours for all 500,000 steps, a job for a GPU or for patience.
+The second runs {took["tests_passed"]} tests in {took["test_seconds"] / 60:.0f} minutes, and in them
+each script must learn a real task."""
 
 
 def main() -> None:

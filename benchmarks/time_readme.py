@@ -1,9 +1,9 @@
-"""Runs the README's two commands in a fresh clone and a fresh environment, and notes how long they take.
+"""Times the README's two commands in a fresh clone and a fresh environment.
 
 python benchmarks/time_readme.py       then: python benchmarks/report.py --write
 
-The training command is stopped once 1,000 steps after the random ones have been timed; the figures go
-to benchmarks/results/readme_commands.json. Nothing else should run meanwhile.
+The training command is stopped once 1,000 steps after the random ones have been timed; the figures
+go to benchmarks/results/readme_commands.json. Nothing else should run meanwhile.
 """
 
 import json
