@@ -1,0 +1,23 @@
+"""One thread for tests and their children, the scripts on the path, and a way to run a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in children
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def run():
+    """Runs a script as a child to its end; returns its exit code, stdout and stderr."""
+
+    def run_script(script: str, *words: str, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, ROOT / f"{script}.py", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+    return run_script

@@ -1,0 +1,109 @@
+"""What the tests of whole runs share: the scripts, small settings, comparisons, TensorBoard."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import mbpo
+import mbpo_ftfl
+import mbpo_residual_ablation
+import sac
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [sac, mbpo, mbpo_ftfl, mbpo_residual_ablation]
+NAMES = [script.__name__ for script in SCRIPTS]
+SMALL = {
+    "env_id": "InvertedPendulum-v5",
+    "total_timesteps": 80,
+    "learning_starts": 40,
+    "batch_size": 16,
+    "updates_per_step": 1,
+    "buffer_size": 1000,
+    "eval_frequency": 40,
+    "eval_episodes": 2,
+    "compile": False,
+}
+SMALL_MODEL = {
+    "ensemble_size": 3,
+    "num_elites": 2,
+    "model_hidden": 16,
+    "model_max_updates": 30,
+    "rollouts_per_step": 10,
+}
+
+
+def small(script: str, **changes) -> dict:
+    """Settings of a run of a second or less."""
+    return SMALL | ({} if script == "sac" else SMALL_MODEL) | changes
+
+
+def flags(settings: dict) -> list[str]:
+    """The settings as the command line spells them."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def fields(script) -> dict:
+    """The flags of a script, and their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(script.Args)}
+
+
+def folder_of(root: Path, script: str, env_id: str = "InvertedPendulum-v5", seed: int = 1) -> Path:
+    """The folder of a run under its root."""
+    return Path(root, f"{env_id.replace('/', '-')}__{script}__{seed}")
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """What a checkpoint holds."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def read_evaluations(folder: Path) -> list[list[str]]:
+    """The lines of eval.csv, the header too, without the column of seconds."""
+    return [line.split(",")[:-1] for line in (folder / "eval.csv").read_text().splitlines()]
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every TensorBoard tag."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with the bytes of the files."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def same(one, other) -> bool:
+    """Whether two nests of dictionaries, lists and tensors are equal to the bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def one_error(stderr: str) -> str:
+    """The only line of stderr, which must begin with `error: `."""
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: "), stderr
+    return lines[0]
+
+
+def start(script: str, *words: str, **options) -> subprocess.Popen:
+    """Starts a script as a child, with its output in pipes."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *words], **(pipes | options))

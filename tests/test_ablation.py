@@ -1,0 +1,106 @@
+"""The ablation's four cells: two of them are the other scripts, bit for bit."""
+
+import pytest
+import torch
+from helpers_model import flat
+
+import mbpo
+import mbpo_ftfl
+import mbpo_residual_ablation as ablation
+
+SETTINGS = {
+    "env_id": "Hopper-v5",
+    "total_timesteps": 320,
+    "learning_starts": 200,
+    "updates_per_step": 3,
+    "batch_size": 32,
+    "ensemble_size": 3,
+    "num_elites": 2,
+    "model_hidden": 32,
+    "model_train_frequency": 40,
+    "model_max_updates": 50,
+    "model_patience": 50,
+    "rollouts_per_step": 20,
+    "rollout_schedule": (220, 300, 1, 3),
+    "eval_frequency": 80,
+    "eval_episodes": 2,
+    "device": "cpu",
+    "compile": False,
+}
+CELLS = {  # by name: the script, and its options (targets at unit scale, predicts s' - s)
+    "mbpo": (mbpo, {}),
+    "raw, residual": (ablation, {"normalize_targets": False, "predict_residual": True}),
+    "ftfl": (mbpo_ftfl, {}),
+    "scaled, absolute": (ablation, {"normalize_targets": True, "predict_residual": False}),
+    "scaled, residual": (ablation, {"normalize_targets": True, "predict_residual": True}),
+    "raw, absolute": (ablation, {"normalize_targets": False, "predict_residual": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By name of the cell: the tensors of its checkpoint, and eval.csv without the seconds."""
+    threads, results = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    for name, (script, options) in CELLS.items():
+        root = tmp_path_factory.mktemp("runs")
+        script.train(script.Args(run_root=str(root), **SETTINGS, **options))
+        (folder,) = root.iterdir()
+        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+        parts = {part: saved[part] for part in ("agent", "model", "rows", "synthetic", "generator")}
+        lines = (folder / "eval.csv").read_text().splitlines()
+        results[name] = flat(parts), [line.rsplit(",", 1)[0] for line in lines]
+    torch.set_num_threads(threads)
+    return results
+
+
+def test_runs_reach_what_they_are_compared_in(runs):
+    """Four fits, 363 SAC updates, rollouts of up to three steps and five evaluations each."""
+    for tensors, evaluations in runs.values():
+        assert tensors["/agent/actor/t"] == 363
+        assert tensors["/model/learner/t"] == 4 * 50
+        assert len(tensors["/rows"]) == 320
+        assert len(tensors["/synthetic"]) > 121 * 20
+        assert len(evaluations) == 1 + 5
+
+
+@pytest.mark.parametrize(
+    ("cell", "script"), [("raw, residual", "mbpo"), ("scaled, absolute", "ftfl")]
+)
+def test_two_cells_are_the_other_scripts_bit_for_bit(runs, cell, script):
+    """Agent, model, both buffers, random numbers and evaluations are the very same."""
+    (tensors, evaluations), (expected, expected_evaluations) = runs[cell], runs[script]
+    assert tensors.keys() == expected.keys()
+    assert [path for path in tensors if not torch.equal(tensors[path], expected[path])] == []
+    assert evaluations == expected_evaluations
+
+
+@pytest.mark.parametrize("other", [name for name in CELLS if name != "scaled, residual"])
+def test_one_repair_alone_is_another_method(runs, other):
+    """The default cell's agent, model and synthetic transitions are those of no other."""
+    differ(runs["scaled, residual"][0], runs[other][0])
+
+
+@pytest.mark.parametrize("other", [name for name in CELLS if name != "raw, absolute"])
+def test_other_repair_alone_is_another_method(runs, other):
+    """So are those of the cell that predicts raw next states."""
+    differ(runs["raw, absolute"][0], runs[other][0])
+
+
+def differ(mine: dict, other: dict) -> None:
+    """Fails if two runs share what they learned."""
+    names = ["/agent/actor/params/0.weight", "/model/learner/params/weights.0", "/synthetic"]
+    for name in names:
+        assert not torch.equal(mine[name], other[name]), name
+
+
+def test_only_scaled_targets_have_a_scaler(runs):
+    """The model keeps the targets' mean and deviation where it uses them, and only there."""
+    scaled = {name for name, (tensors, _) in runs.items() if "/model/scaler/targets/0" in tensors}
+    assert scaled == {"ftfl", "scaled, absolute", "scaled, residual"}
+
+
+def test_default_cell_undoes_one_repair():
+    """Without options the ablation scales its targets and predicts s' - s."""
+    assert ablation.Args().normalize_targets
+    assert ablation.Args().predict_residual

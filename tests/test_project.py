@@ -1,0 +1,122 @@
+"""The repository's own rules: sizes, shared code, headers, isolation, the diff in the README."""
+
+import ast
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from helpers_run import NAMES, ROOT, flags, small
+
+SOURCE = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
+REPAIRS = {"model_targets", "apply_prediction", "fit_ensemble", "model_step"}
+MAY_DIFFER = {
+    ("sac", "mbpo"): {"Args", "check_args", "train"},
+    ("sac", "mbpo_ftfl"): {"Args", "check_args", "train"},
+    ("sac", "mbpo_residual_ablation"): {"Args", "check_args", "train"},
+    ("mbpo", "mbpo_ftfl"): REPAIRS,
+    ("mbpo", "mbpo_residual_ablation"): REPAIRS | {"Args"},
+    ("mbpo_ftfl", "mbpo_residual_ablation"): REPAIRS | {"Args"},
+}
+
+
+def diff(one: str, other: str) -> str:
+    """What `diff` prints about two scripts."""
+    command = ["diff", f"{one}.py", f"{other}.py"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def blocks(name: str) -> dict[str, str]:
+    """The source of every top-level function, class and assignment, by name, in order."""
+    found = {}
+    for node in ast.parse(SOURCE[name]).body:
+        source = ast.get_source_segment(SOURCE[name], node)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = source
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {ast.unparse(target): source for target in targets}
+    return found
+
+
+@pytest.mark.parametrize(("name", "most"), list(zip(NAMES, [480, 750, 770, 780], strict=True)))
+def test_a_script_stays_short(name, most):
+    """A script keeps to its number of lines, 100 columns, and 150 lines in train."""
+    lines = SOURCE[name].splitlines()
+    assert len(lines) <= most
+    assert max(map(len, lines)) <= 100
+    assert len(blocks(name)["train"].splitlines()) <= 150
+
+
+def test_the_repair_is_a_small_diff():
+    """From MBPO to FTFL at most 40 lines change, in at most 8 places."""
+    lines = diff("mbpo", "mbpo_ftfl").splitlines()
+    assert 1 <= sum(line[0] in "<>" for line in lines) <= 40
+    assert 1 <= sum(line[0].isdigit() for line in lines) <= 8
+
+
+def test_mbpo_takes_little_out_of_sac():
+    """From SAC to MBPO lines are added, and at most 20 removed."""
+    assert 1 <= sum(line[0] == "<" for line in diff("sac", "mbpo").splitlines()) <= 20
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(NAMES, 2)), ids="-".join)
+def test_what_two_scripts_share_is_the_same(pair):
+    """Blocks of one name are equal to the letter, but for an explicit few, and in one order."""
+    one, other = map(blocks, pair)
+    common = [name for name in one if name in other]
+    assert common == [name for name in other if name in one]
+    assert {name for name in common if one[name] != other[name]} == MAY_DIFFER[pair]
+    assert len(common) >= 20
+
+
+def test_headers_and_pyproject_name_the_same_packages():
+    """The four headers are equal, and ask for what pyproject.toml asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for source in SOURCE.values():
+        first, *lines = source.split("# ///\n")[0].splitlines()
+        assert first == "# /// script"
+        assert all(line.startswith("# ") for line in lines)
+        header = tomllib.loads("\n".join(line[2:] for line in lines))
+        assert header.keys() == {"requires-python", "dependencies"}
+        assert header["requires-python"] == project["requires-python"]
+        assert sorted(header["dependencies"]) == sorted(project["dependencies"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_imports_nothing_of_ours(name):
+    """No script imports another one, or anything else of this repository."""
+    ours = {path.stem for path in ROOT.iterdir()}
+    for node in ast.walk(ast.parse(SOURCE[name])):
+        if isinstance(node, ast.Import):
+            assert not ours & {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module.split(".")[0] not in ours
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
+            assert ast.literal_eval(node.args[0]).split(".")[0] not in ours
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_runs_alone(name, tmp_path):
+    """Copied into an empty folder, a script explains itself and trains, and writes to runs/."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    settings = flags(small(name, total_timesteps=120))
+    for words in (["--help"], settings):
+        command = [sys.executable, f"{name}.py", *words]
+        child = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert child.returncode == 0, child.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.py", "runs"}
+    assert (tmp_path / "runs" / f"InvertedPendulum-v5__{name}__1" / "checkpoint.pt").exists()
+
+
+def test_the_readme_shows_the_diff():
+    """The README's diff block is what `diff mbpo.py mbpo_ftfl.py` prints."""
+    text = (ROOT / "README.md").read_text()
+    shown = text.split("<!-- diff -->\n")[1].split("<!-- /diff -->")[0].strip()
+    assert shown == f"```diff\n{diff('mbpo', 'mbpo_ftfl')}```"

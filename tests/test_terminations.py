@@ -1,0 +1,193 @@
+"""Conditions of termination against the environments' own."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers_model import WITH_MODEL, name_of
+
+import mbpo
+
+NEVER_END = {"HalfCheetah", "Swimmer", "Reacher", "Pusher"}
+TASKS = [*(f"{task}-v5" for task in mbpo.HEALTHY), "Hopper-v4", "Walker2d-v4"]
+CAN_END = [env_id for env_id in TASKS if env_id.split("-")[0] not in NEVER_END]
+ALL_HEALTHY = {  # a next state of each task that is well inside its bounds
+    "Hopper": [1.0, 0.0, *[0.0] * 9],
+    "Walker2d": [1.2, 0.0, *[0.0] * 15],
+    "Ant": [0.5, *[0.0] * 26],
+    "Humanoid": [1.4, *[0.0] * 44],
+    "InvertedPendulum": [0.0] * 4,
+    "InvertedDoublePendulum": [0.0, 0.0, 0.0, 1.0, 1.0, *[0.0] * 4],
+}
+BOUNDS = [  # task, index, a value just inside, a value just outside
+    ("Hopper", 0, 0.701, 0.699),
+    ("Hopper", 1, 0.199, 0.201),
+    ("Hopper", 1, -0.199, -0.201),
+    *[("Hopper", i, sign * 99.9, sign * 100.1) for i in (2, 5, 10) for sign in (1, -1)],
+    ("Walker2d", 0, 0.801, 0.799),
+    ("Walker2d", 0, 1.999, 2.001),
+    ("Walker2d", 1, 0.999, 1.001),
+    ("Walker2d", 1, -0.999, -1.001),
+    ("Ant", 0, 0.201, 0.199),
+    ("Ant", 0, 0.999, 1.001),
+    ("Ant", 26, 1e6, np.inf),
+    ("Humanoid", 0, 1.001, 0.999),
+    ("Humanoid", 0, 1.999, 2.001),
+    ("InvertedPendulum", 1, 0.199, 0.201),
+    ("InvertedPendulum", 1, -0.199, -0.201),
+    ("InvertedPendulum", 3, 1e6, np.inf),
+    ("InvertedDoublePendulum", 3, 0.84, 0.83),  # 0.6 (0.8333 + 0.8333 * 1) is 1
+    ("InvertedDoublePendulum", 4, 0.67, 0.66),  # 0.6 (1 + 0.6667 * 1) is 1
+]
+
+
+def random_steps(env_id: str, count: int, wild: bool = False):
+    """Random transitions of the task, as check_termination gets them; maybe from odd poses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = mbpo.make_env(env_id)
+    rng, over, episode = np.random.default_rng(0), True, 0
+    for _ in range(count):
+        if over or wild:
+            obs, _ = env.reset(seed=episode)
+            episode += 1
+        if wild:  # every joint elsewhere, some far off
+            task = env.unwrapped
+            size = 10 ** rng.uniform(-2, 0.3)
+            qpos = task.init_qpos + size * rng.uniform(-1, 1, task.init_qpos.shape)
+            task.set_state(qpos, task.init_qvel + rng.normal(size=task.init_qvel.shape))
+            obs = task._get_obs()
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        next_obs, _, terminated, truncated, _ = env.step(action)
+        yield obs, action, next_obs, terminated
+        obs, over = next_obs, terminated or truncated
+    env.close()
+
+
+def compare(args, transitions, taken_for: str | None = None) -> tuple:
+    """Counts of terminations: real, predicted, and of transitions on which both agree."""
+    terminates = mbpo.termination_function(replace(args, env_id=taken_for or args.env_id))
+    counts = np.zeros(3, dtype=int)
+    for step, (obs, action, next_obs, terminated) in enumerate(transitions):
+        mbpo.check_termination(terminates, args, step, obs, action, next_obs, terminated)
+        said = bool(terminates(*map(torch.as_tensor, (obs, action, next_obs))))
+        counts += terminated, said, terminated == said
+    return tuple(counts.tolist())
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_conditions_are_those_of_the_environments(env_id):
+    """Over 2,000 random steps the model's condition says when the real task ends."""
+    real, predicted, agreed = compare(mbpo.Args(env_id=env_id), random_steps(env_id, 2000))
+    assert predicted == real
+    assert agreed == 2000
+    assert 0 < real < 1900 if env_id in CAN_END else real == 0
+
+
+@pytest.mark.parametrize("env_id", CAN_END)
+def test_conditions_hold_in_odd_poses_too(env_id):
+    """From 400 poses in and out of bounds, real and predicted terminations are the same."""
+    transitions = random_steps(env_id, 400, wild=True)
+    real, predicted, agreed = compare(mbpo.Args(env_id=env_id), transitions)
+    assert predicted == real
+    assert agreed == 400
+    assert 20 < real < 380
+
+
+@pytest.mark.parametrize(("task", "index", "inside", "outside"), BOUNDS)
+def test_every_bound_is_where_the_task_has_it(task, index, inside, outside):
+    """A state just inside goes on, the same just outside has ended."""
+    terminates = mbpo.termination_function(mbpo.Args(env_id=f"{task}-v5"))
+    states = torch.tensor([ALL_HEALTHY[task]] * 3)
+    states[1:, index] = torch.tensor([inside, outside])
+    assert terminates(states, torch.zeros(3, 1), states).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("task", "index"),
+    [
+        *[("Ant", 0), ("Ant", 26), ("InvertedPendulum", 1), ("InvertedPendulum", 3)],
+        *[("Hopper", 0), ("Hopper", 1), ("Hopper", 10), ("Walker2d", 0), ("Humanoid", 0)],
+    ],
+)
+def test_a_state_that_is_not_a_number_has_ended(task, index):
+    """NaN in what the condition looks at ends a rollout's branch."""
+    terminates = mbpo.termination_function(mbpo.Args(env_id=f"{task}-v5"))
+    states = torch.tensor([ALL_HEALTHY[task]] * 2)
+    states[1, index] = torch.nan
+    assert terminates(states, torch.zeros(2, 1), states).tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "taken_for"),
+    [("Ant-v5", "Humanoid-v5"), ("Humanoid-v5", "Ant-v5"), ("Hopper-v5", "Walker2d-v5")],
+)
+def test_condition_of_another_task_is_noticed(env_id, taken_for):
+    """A wrong condition is an InputError that names the task."""
+    transitions = random_steps(env_id, 2000)
+    with pytest.raises(mbpo.InputError, match=env_id):
+        compare(mbpo.Args(env_id=env_id), transitions, taken_for)
+
+
+@pytest.mark.parametrize("env_id", CAN_END)
+def test_never_terminates_is_noticed_where_it_is_wrong(env_id):
+    """--never-terminates on a task that ends is an InputError that names task and option."""
+    args = mbpo.Args(env_id=env_id, never_terminates=True)
+    with pytest.raises(mbpo.InputError, match=f"{env_id}.*--never-terminates"):
+        compare(args, random_steps(env_id, 2000))
+
+
+def test_double_pendulum_may_miss_its_bound_by_a_hundredth_of_a_step():
+    """That task alone may end a little to either side of the condition, but not far off."""
+    healthy, s = ALL_HEALTHY["InvertedDoublePendulum"], 0.83333
+    n = np.array([*healthy[:3], s, *healthy[4:]])  # ends by 4e-6
+    for env_id, shift, raises in [
+        ("InvertedDoublePendulum-v5", 1e-2, False),
+        ("InvertedDoublePendulum-v5", 1e-5, True),
+        ("InvertedPendulum-v5", 1e-2, True),
+    ]:
+        args = mbpo.Args(env_id=env_id)
+        terminates = mbpo.termination_function(mbpo.Args(env_id="InvertedDoublePendulum-v5"))
+        for direction in (1, -1):
+            obs = n + direction * shift * np.eye(9)[3]
+            check = (terminates, args, 1, obs, np.zeros(1), n, False)
+            if raises:
+                with pytest.raises(mbpo.InputError):
+                    mbpo.check_termination(*check)
+            else:
+                mbpo.check_termination(*check)
+            mbpo.check_termination(*check[:-1], True)
+
+
+@pytest.mark.parametrize("script", WITH_MODEL, ids=name_of)
+def test_where_no_condition_is_known(script):
+    """Unknown tasks are refused unless said never to end; dm_control's tasks never do."""
+    with pytest.raises(script.InputError, match=r"Pendulum-v1.*--never-terminates"):
+        script.termination_function(script.Args(env_id="Pendulum-v1"))
+    states = torch.full((2, 4, 3), torch.nan)
+    for args in [
+        script.Args(env_id="Pendulum-v1", never_terminates=True),
+        script.Args(env_id="Hopper-v5", never_terminates=True),
+        script.Args(env_id="dmc/hopper-hop"),
+        script.Args(env_id="HalfCheetah-v5"),
+    ]:
+        ended = script.termination_function(args)(states, states[..., :1], states)
+        assert ended.dtype == torch.bool
+        assert ended.tolist() == [[False] * 4] * 2
+
+
+@pytest.mark.parametrize("task", ALL_HEALTHY)
+def test_conditions_take_any_batch_shape(task):
+    """States [..., S] give terminations [...], each of its own state."""
+    terminates = mbpo.termination_function(mbpo.Args(env_id=f"{task}-v5"))
+    healthy = torch.tensor(ALL_HEALTHY[task])
+    states = healthy.expand(2, 3, -1).clone()
+    states[1, 2] = 50.0
+    ended = terminates(states, torch.zeros(2, 3, 1), states)
+    if task == "InvertedDoublePendulum":  # 50 + 50 * 50 - 50 * 50 is above the bound
+        states[1, 2] = -1.0
+        ended = terminates(states, torch.zeros(2, 3, 1), states)
+    assert ended.tolist() == [[False] * 3, [False, False, True]]
+    assert bool(terminates(healthy, torch.zeros(1), healthy)) is False
