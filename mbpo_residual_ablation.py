@@ -665,7 +665,7 @@ def train(args: Args) -> dict:
         synthetic.added = saved["synthetic_added"]
     if args.track:
         wandb = import_module("wandb")
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
         wandb.init(**names, id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if args.capture_video:
         trigger, folder = (lambda n: n % args.eval_episodes == 0), str(run_dir / "videos")
