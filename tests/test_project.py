@@ -30,10 +30,12 @@ def diff(one: str, other: str) -> str:
 
 
 def blocks(name: str) -> dict[str, str]:
-    """The source of every top-level function, class and assignment, by name, in order."""
-    found = {}
+    """The lines of every top-level function, class and assignment, by name, in order."""
+    found, lines = {}, SOURCE[name].splitlines(keepends=True)
     for node in ast.parse(SOURCE[name]).body:
-        source = ast.get_source_segment(SOURCE[name], node)
+        decorators = getattr(node, "decorator_list", [])
+        first = min(part.lineno for part in [node, *decorators])
+        source = "".join(lines[first - 1 : node.end_lineno])
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found[node.name] = source
         elif isinstance(node, ast.Assign | ast.AnnAssign):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from helpers_run import (
@@ -23,7 +24,7 @@ from helpers_run import (
     start,
 )
 
-TOTAL = 700
+TOTAL = 600
 SCRIPTS = ["sac", "mbpo_ftfl"]
 CHANGES = {"total_timesteps": TOTAL, "learning_starts": 100, "eval_frequency": 50}
 CHANGES |= {"checkpoint_frequency": 100, "model_train_frequency": 70, "model_max_updates": 5}
@@ -44,7 +45,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def settings(script: str, root, **changes) -> list[str]:
-    """Flags of a run of a few seconds with seven checkpoints or so."""
+    """Flags of a run of a few seconds with six checkpoints or so."""
     own = {name: value for name, value in CHANGES.items() if script != "sac" or "model" not in name}
     return flags(small(script, **(own | {"run_root": str(root)} | changes)))
 
@@ -59,7 +60,7 @@ def undisturbed(request, tmp_path_factory):
 
 
 def assert_equal_runs(one, other) -> None:
-    """Evaluations, every tensor of the checkpoint and TensorBoard's steps are those of the other."""
+    """Evaluations, all of the checkpoint and TensorBoard's curves are those of the other run."""
     assert read_evaluations(one) == read_evaluations(other)
     ours, theirs = read_checkpoint(one), read_checkpoint(other)
     assert ours.keys() == theirs.keys()
@@ -85,13 +86,12 @@ def kill_after(child, folder, beyond: int, delay: float) -> int:
     return saved
 
 
-@pytest.mark.parametrize("kills", [1, 3])
-def test_a_killed_run_goes_on_to_the_same_end(undisturbed, kills, tmp_path, run):
-    """Killed at any moment, and again, a resumed run ends equal to the bit."""
+def test_a_killed_run_goes_on_to_the_same_end(undisturbed, tmp_path, run):
+    """Killed at any moment, three times over, a resumed run ends equal to the bit."""
     script, expected = undisturbed
     words, folder = settings(script, tmp_path), folder_of(tmp_path, script)
-    draw, saved = random.Random(kills), 0
-    for _ in range(kills):
+    draw, saved = random.Random(1), 0
+    for _ in range(3):
         child = start(script, *words, "--resume")
         saved = kill_after(child, folder, saved, draw.uniform(0, 0.1))
     assert run(script, *words, "--resume").returncode == 0
@@ -130,8 +130,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(undisturbed, tmp_path, run):
     """Checkpoints that no longer fit are given up with a word; the run goes on to its end."""
     script, expected = undisturbed
     row = read_checkpoint(expected)["rows"][0].nbytes
-    most = (expected / "checkpoint.pt").stat().st_size - 250 * row
-    limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)))  # fmt: skip
+    most = (expected / "checkpoint.pt").stat().st_size - 200 * row
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
     child = run(script, *settings(script, tmp_path), preexec_fn=limit)
     folder = folder_of(tmp_path, script)
     assert child.returncode == 0, child.stderr
