@@ -627,6 +627,7 @@ def train(args: Args) -> dict:
     kept = 1000 * args.rollouts_per_step  # synthetic transitions, times the horizon (J)
     ReplayBuffer(kept * longest, *dims, device)  # raises now what it would later
     run_dir, settings, saved = open_run(args, device)
+    torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
     try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
         torch.compile(torch.cos, disable=not args.compile)(torch.ones(1, device=device))
     except Exception as error:
@@ -634,8 +635,7 @@ def train(args: Args) -> dict:
         args = replace(args, compile=False)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
     torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
-    generator = torch.Generator(device).manual_seed(args.seed)
-    draw = {"generator": generator, "device": device}
+    draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
@@ -647,7 +647,7 @@ def train(args: Args) -> dict:
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
-        generator.set_state(saved["generator"].cpu())
+        draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
     synthetic = ReplayBuffer(kept * rollout_horizon(start, args.rollout_schedule), *dims, device)
@@ -729,9 +729,9 @@ def train(args: Args) -> dict:
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
             checkpointed, seconds = step, time.perf_counter() - began
-            state = {"settings": settings, "agent": agent, "generator": generator.get_state()}
+            state = {"settings": settings, "generator": draw["generator"].get_state()}
             state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}
-            state |= {"rows": buffer.rows[: len(buffer)].clone()}
+            state |= {"agent": agent, "rows": buffer.rows[: len(buffer)].clone()}
             filled = synthetic.rows[: len(synthetic)].clone()
             state |= {"model": model, "synthetic": filled, "synthetic_added": synthetic.added}
             write_file(run_dir / "checkpoint.pt", state)

@@ -381,6 +381,7 @@ def train(args: Args) -> dict:
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     buffer = ReplayBuffer(args.buffer_size, *dims, device)
     run_dir, settings, saved = open_run(args, device)
+    torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
     try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
         torch.compile(torch.cos, disable=not args.compile)(torch.ones(1, device=device))
     except Exception as error:
@@ -388,8 +389,7 @@ def train(args: Args) -> dict:
         args = replace(args, compile=False)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
     torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
-    generator = torch.Generator(device).manual_seed(args.seed)
-    draw = {"generator": generator, "device": device}
+    draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
@@ -397,7 +397,7 @@ def train(args: Args) -> dict:
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
-        generator.set_state(saved["generator"].cpu())
+        draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
     if args.track:
@@ -457,9 +457,9 @@ def train(args: Args) -> dict:
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
             checkpointed, seconds = step, time.perf_counter() - began
-            state = {"settings": settings, "agent": agent, "generator": generator.get_state()}
+            state = {"settings": settings, "generator": draw["generator"].get_state()}
             state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}
-            state |= {"rows": buffer.rows[: len(buffer)].clone()}
+            state |= {"agent": agent, "rows": buffer.rows[: len(buffer)].clone()}
             write_file(run_dir / "checkpoint.pt", state)
     for opened in (writer, bar, env, eval_env):
         opened.close()

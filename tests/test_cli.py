@@ -108,7 +108,7 @@ def refused(main, tmp_path):
 @pytest.mark.parametrize("script", [sac, mbpo], ids=["sac", "mbpo"])
 def test_bad_input_is_one_line(script, words, said, refused, tmp_path):
     """What can't be done ends before anything is written, with a line that says why."""
-    base = flags({"env_id": "InvertedPendulum-v5"})
+    base = flags(small(script.__name__))
     assert said in refused(script, [*base, *words.format(root=tmp_path).split()])
 
 
@@ -116,13 +116,13 @@ def test_bad_input_is_one_line(script, words, said, refused, tmp_path):
 @every_model
 def test_bad_input_of_the_model_is_one_line(script, words, said, refused):
     """The same for what only the scripts with a model have."""
-    assert said in refused(script, [*flags({"env_id": "InvertedPendulum-v5"}), *words.split()])
+    assert said in refused(script, [*flags(small(script.__name__)), *words.split()])
 
 
 @every_script
 def test_bad_input_of_a_child(script, run, tmp_path):
     """Run as a command, a script ends the same way."""
-    words = flags({"run_root": str(tmp_path / "runs"), "env_id": "dmc/walker-rum"})
+    words = flags({"env_id": "dmc/walker-rum", "run_root": tmp_path / "runs"})
     child = run(script.__name__, *words)
     assert child.returncode == 2
     assert "dmc/walker-run" in one_error(child.stderr)
@@ -148,7 +148,7 @@ def test_a_package_that_is_missing_is_named(script, flag, package, refused, monk
     find = importlib.util.find_spec
     without = lambda name, *rest: None if name == package else find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    line = refused(script, ["--env-id", "InvertedPendulum-v5", flag])
+    line = refused(script, [*flags(small(script.__name__)), flag])
     assert f"{flag} must be off" in line
     assert f"pip install {package}" in line
 
@@ -164,7 +164,7 @@ def test_a_renderer_that_is_missing_is_named(script, refused, monkeypatch):
     present = lambda name, *rest: name == "moviepy" or find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", present)
     monkeypatch.setattr("gymnasium.envs.mujoco.mujoco_env.MujocoEnv.render", fail)
-    line = refused(script, ["--env-id", "InvertedPendulum-v5", "--capture-video"])
+    line = refused(script, [*flags(small(script.__name__)), "--capture-video"])
     assert "--capture-video: no display; " in line
     assert "MUJOCO_GL" in line
 
