@@ -472,9 +472,7 @@ def main() -> None:
     try:
         train(tyro.cli(Args, description=__doc__.splitlines()[0]))
     except (InputError, FloatingPointError, KeyboardInterrupt) as error:
-        print(
-            f"error: {' '.join(str(error).split()) or 'interrupted: see --resume'}", file=sys.stderr
-        )
+        print(f"error: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
 
 
