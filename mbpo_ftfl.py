@@ -101,7 +101,7 @@ def check_args(args: Args) -> None:
     there = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
     for names, holds, wanted in [
         (counts, lambda x: x >= 1, "at least 1"),
-        ("seed eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
+        ("seed eval_frequency checkpoint_frequency", lambda x: 0 <= x < 2**63, "0 or more"),
         ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
         ("policy_lr q_lr alpha model_lr", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
@@ -140,7 +140,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
         if render:  # fails here where there is no renderer
             env.reset(), env.render()
     except Exception as error:  # of the registry, of the environment, of the renderer
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, gym.error.UnregisteredEnv):
             tasks = import_module("dm_control.suite").ALL_TASKS
             known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in tasks)]
@@ -365,7 +365,7 @@ def model_update(learner: dict, x: Tensor, y: Tensor, net: Ensemble, args: Args)
 def fit_ensemble(
     learner: dict, data: Batch, update, net: Ensemble, args: Args, draw: dict
 ) -> tuple:
-    """Fits the ensemble to all N real transitions; returns the model and its metrics.
+    """Fits the ensemble to N real transitions, less a holdout; returns the model and its metrics.
 
     Each member learns from its own bootstrap sample until no member's holdout error has improved
     by more than 1 % for `model_patience` epochs, and goes back to its own best weights; those of
@@ -382,7 +382,7 @@ def fit_ensemble(
 
     bootstrap = train[torch.randint(len(train), (args.ensemble_size, len(train)), **draw)]
     best, best_error = learner["params"], math.inf  # [E], once measured
-    own = [name for name in best if not name.endswith("log_var")]  # the bounds belong to all
+    own = [name for name in best if not name.endswith("log_var")]
     stale, updates, limit, batch = 0, 0, args.model_max_updates or math.inf, 256  # batch: J
     while stale < args.model_patience and updates < limit:
         shuffled = bootstrap.gather(1, torch.rand(bootstrap.shape, **draw).argsort(1))  # [E, N]
@@ -453,7 +453,7 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
 
 def rollout(model, actor, starts: Batch, horizon: int, step, terminates, draw: dict) -> Tensor:
     """Rows of up to `horizon` steps from each of B states; every step draws its elite and noise."""
-    rows, obs, alive = [], starts.obs, starts.reward.isfinite()  # [B], all true
+    rows, obs, alive = [], starts.obs, torch.ones_like(starts.reward, dtype=torch.bool)
     for _ in range(horizon):
         choice = torch.randint(len(model["elites"]), alive.shape, **draw)
         model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
@@ -536,9 +536,8 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
-    G_t = r_t + gamma V_{t+1} and V_t = G_t - alpha log pi(a'_t | s_t), a'_t sampled: the return
-    obtained, with the entropy that Q counts. V_T is 0 after a termination; at a time limit
-    min_i Q_i(s_T, a'_T) stands in for G_T.
+    G_t = r_t + gamma V_{t+1}, V_t = G_t - alpha log pi(a'_t | s_t) for a sampled a'_t, as Q has it.
+    V_T is 0 after a termination; at a time limit min_i Q_i(s_T, a'_T) stands in for G_T.
     """
     obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
     critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
@@ -594,16 +593,17 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
     free = "resume overwrite run_root total_timesteps checkpoint_frequency capture_video track"
     fixed = settings.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}
     file, saved = run_dir / "checkpoint.pt", None
-    if args.resume and file.exists():
+    if args.resume and (run_dir / "args.json").exists():
         try:
-            saved = torch.load(file, map_location=device, weights_only=True)
+            saved = torch.load(file, map_location=device) if file.exists() else None
+            held = saved["settings"] if saved else json.loads((run_dir / "args.json").read_text())
         except Exception:  # torch.load has no error of its own
-            raise InputError(f"{file} is damaged or cut short; --overwrite starts anew") from None
+            raise InputError(f"{file} is damaged or cut short: --overwrite starts anew") from None
         for name in fixed:
-            if (was := saved["settings"].get(name)) != settings[name]:
+            if (was := held.get(name)) != settings[name]:
                 change = f"{name} {was}, not {settings[name]}: choose another --exp-name"
-                raise InputError(f"{file} is of a run with {change}")
-    elif run_dir.exists() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
+                raise InputError(f"{run_dir} holds a run with {change}")
+    elif run_dir.is_dir() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
     try:
         if args.overwrite and not args.resume and run_dir.exists():
@@ -616,7 +616,7 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
 
 
 def train(args: Args) -> dict:
-    """Trains; returns eval.csv's lines and the agent. InputError comes before any file does."""
+    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file."""
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
@@ -631,7 +631,7 @@ def train(args: Args) -> dict:
     try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
         torch.compile(torch.cos, disable=not args.compile)(torch.ones(1, device=device))
     except Exception as error:
-        print(f"going on uncompiled: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
         args = replace(args, compile=False)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
     torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
