@@ -58,7 +58,7 @@ class Args:
     model_hidden: int = 200  # units in each of the four hidden layers (MBPO, table 1; J, S)
     model_lr: float = 1e-3  # Adam step size of the ensemble (J)
     model_train_frequency: int = 250  # environment steps between fits (J, S)
-    model_max_updates: int | None = None  # gradient steps per fit; None stops by holdout alone (J)
+    model_max_updates: int | None = 5_000  # gradient steps per fit at most (S), or None (J)
     model_patience: int = 5  # epochs that no network improves by 1 % before a fit ends (J)
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
@@ -118,7 +118,7 @@ def check_args(args: Args) -> None:
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
         ("learning_starts", lambda x: x * args.holdout_ratio >= 1, "enough for a holdout"),
         ("real_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
-        ("rollout_schedule", lambda x: 0 <= x[0] <= x[1], "steps START <= END"),
+        ("rollout_schedule", lambda x: 0 <= x[0] < x[1], "steps START < END"),
         ("rollout_schedule", lambda x: min(x[2:]) >= 1, "horizons FROM and TO of at least 1"),
     ]:
         for name in names.split():
