@@ -65,7 +65,7 @@ BAD_MODEL = [
     ("--holdout-ratio 1", "--holdout-ratio must be above 0 and below 1, not 1.0"),
     ("--holdout-ratio 0", "--holdout-ratio must be above 0 and below 1, not 0.0"),
     ("--learning-starts 4", "--learning-starts must be enough for a holdout, not 4"),
-    ("--rollout-schedule 10 5 1 1", "--rollout-schedule must be steps START <= END"),
+    ("--rollout-schedule 10 5 1 1", "--rollout-schedule must be steps START < END"),
     ("--rollout-schedule 0 1 0 1", "--rollout-schedule must be horizons FROM and TO"),
     ("--rollouts-per-step 1000000000", "replay buffer"),
     ("--env-id HumanoidStandup-v5", "--never-terminates"),
