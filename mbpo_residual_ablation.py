@@ -22,7 +22,6 @@ Defaults: MBPO is above, SAC arXiv 1812.05905, J github.com/jannerm/mbpo, S CLeA
 """
 
 import difflib
-import itertools
 import json
 import math
 import os
@@ -43,6 +42,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -85,6 +85,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # middle part of the run folder's name (CleanRL)
     device: str = "auto"  # auto (CUDA where there is one, else CPU), cpu, cuda or mps
     compile: bool = True  # compile the updates with torch.compile
+    matmul_precision: str = "highest"  # of float32 products: highest, or high or medium (PyTorch)
     track: bool = False  # log to Weights & Biases as well (CleanRL)
     wandb_project_name: str = "mbrl"  # project at Weights & Biases (CleanRL)
     wandb_entity: str | None = None  # team at Weights & Biases (CleanRL)
@@ -110,12 +111,9 @@ def check_args(args: Args) -> None:
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
         ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
+        ("matmul_precision", {"highest", "high", "medium"}.__contains__, "highest, high or medium"),
         ("track", lambda x: not x or util.find_spec("wandb"), "off (or pip install wandb)"),
-        (
-            "capture_video",
-            lambda x: not x or util.find_spec("moviepy"),
-            "off (pip install moviepy)",
-        ),
+        ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off (or install moviepy)"),
         ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
@@ -210,9 +208,7 @@ def check_termination(terminates, args: Args, step: int, obs, action, next_obs, 
         raise InputError(f"--env-id {args.env_id}: {fault}, at next state {next_obs.tolist()}")
 
 
-class Batch(NamedTuple):
-    """Transitions, taken apart; ... stands for any batch shape."""
-
+class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch shape
     obs: Tensor  # [..., S]
     action: Tensor  # [..., A], in [-1, 1]
     reward: Tensor  # [...]
@@ -228,10 +224,7 @@ class ReplayBuffer:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
         if (size := 4 * capacity * sum(self.parts)) > memory:
-            wanted = (
-                f"{size / 2**30:.0f} GiB for {capacity} transitions, {memory / 2**30:.0f} exist"
-            )
-            raise InputError(f"the memory does not hold the replay buffer: {wanted}")
+            raise InputError(f"a buffer needs {size >> 30} GiB of memory, {memory >> 30} exist")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -263,30 +256,24 @@ def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
-class Critic(nn.Module):
+class Critic(nn.ModuleList):
     """Twin action values [2, ...] of s [..., S] and a [..., A]."""
 
     def __init__(self, obs_dim: int, action_dim: int):
-        super().__init__()
-        self.q1, self.q2 = mlp(obs_dim + action_dim, 1), mlp(obs_dim + action_dim, 1)
+        super().__init__(mlp(obs_dim + action_dim, 1) for _ in range(2))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], -1)
-        return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
-
-
-def policy(nets: dict, params: dict, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log standard deviation [..., A] of u, where a = tanh(u), given s [..., S]."""
-    mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
-    return mean, -10 + 6 * (1 + torch.tanh(log_std))  # log std in [-10, 2] (S)
+        return torch.stack([q(x).squeeze(-1) for q in self])
 
 
 def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
+    """Returns a = tanh(u), u = mean + std noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
 
     log pi(a | s) = log N(u) - sum log(1 - tanh(u)^2), the latter 2 (log 2 - u - softplus(-2u)).
     """
-    mean, log_std = policy(nets, params, obs)
+    mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
+    log_std = -10 + 6 * (1 + torch.tanh(log_std))  # in [-10, 2] (S)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
     log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
@@ -303,7 +290,7 @@ class Ensemble(nn.Module):
     def __init__(self, members: int, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
         sizes = [in_dim, hidden, hidden, hidden, hidden, 2 * out_dim]
-        weights = [torch.empty(members, *shape) for shape in itertools.pairwise(sizes)]
+        weights = [torch.empty(members, sizes[i], sizes[i + 1]) for i in range(5)]
         for weight in weights:
             std = 1 / (2 * math.sqrt(weight.shape[1]))
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
@@ -388,26 +375,26 @@ def fit_ensemble(
         targets = normalize(targets, scaler["targets"])
 
     bootstrap = train[torch.randint(len(train), (args.ensemble_size, len(train)), **draw)]
-    best, best_error = learner["params"], math.inf  # [E], once measured
-    own = [name for name in best if not name.endswith("log_var")]
-    stale, updates, limit, batch = 0, 0, args.model_max_updates or math.inf, 256  # batch: J
+    best = {name: p for name, p in learner["params"].items() if not name.endswith("log_var")}
+    best_error, stale, updates, limit = math.inf, 0, 0, args.model_max_updates or math.inf
+    batch = 256  # J
     while stale < args.model_patience and updates < limit:
         shuffled = bootstrap.gather(1, torch.rand(bootstrap.shape, **draw).argsort(1))  # [E, N]
         for first in range(0, len(train), batch):  # the last batch is filled up from the front
             index = shuffled[:, torch.arange(first, first + batch) % len(train)]  # [E, 256]
-            learner, loss = update(learner, inputs[index], targets[index])
+            loss = update(learner, inputs[index], targets[index])
             if (updates := updates + 1) >= limit:
                 break
         mean, _ = predict(net, learner["params"], inputs[holdout])
         error = ((mean - targets[holdout]) ** 2).mean((1, 2))  # [E]
         improved = error < 0.99 * best_error
-        new, worse = learner["params"], ~improved[:, None, None]
-        kept = {name: torch.where(worse, best[name], new[name]) for name in own}
-        best, best_error = new | kept, torch.where(improved, error, best_error)
+        best_error, better = torch.where(improved, error, best_error), improved[:, None, None]
+        best = {k: torch.where(better, learner["params"][k], p) for k, p in best.items()}
         stale = 0 if improved.any() else stale + 1
 
     elites = best_error.argsort()[: args.num_elites]
-    model = {"learner": learner | {"params": best}, "scaler": scaler, "elites": elites}
+    tree_map(Tensor.copy_, learner["params"], learner["params"] | best)
+    model = {"learner": learner, "scaler": scaler, "elites": elites}
     metrics = {"loss": loss, "updates": updates, "holdout_mse": best_error[elites].mean()}
     return model, metrics | model_metrics(model, net, inputs[holdout], targets[holdout])
 
@@ -485,8 +472,8 @@ def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
 def adam_init(net: nn.Module, device: torch.device) -> dict:
     """What Adam learns: parameters by name, their gradients' first and second moments, steps."""
     params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
-    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    return {"params": params, "m": zeros, "v": zeros, "t": torch.zeros((), device=device)}
+    m, v = ({name: torch.zeros_like(param) for name, param in params.items()} for _ in range(2))
+    return {"params": params, "m": m, "v": v, "t": torch.zeros((), device=device)}
 
 
 def adam_step(learner: dict, grads: dict, lr: float) -> dict:
@@ -504,7 +491,7 @@ def sac_init(nets: dict, alpha: float, device: torch.device) -> dict:
     """All that a SAC update changes."""
     nets = nets | {"temperature": nn.ParameterDict({"log_alpha": torch.tensor(math.log(alpha))})}
     agent = {name: adam_init(net, device) for name, net in nets.items()}
-    return agent | {"target": agent["critic"]["params"]}
+    return agent | {"target": {name: p.clone() for name, p in agent["critic"]["params"].items()}}
 
 
 def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args) -> tuple:
@@ -541,6 +528,13 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     return {"actor": actor, "critic": critic, "temperature": temperature, "target": target}, metrics
 
 
+def in_place(function, state: dict, *inputs, **settings) -> dict:
+    """Writes the new state of function(state, *inputs) -> (state, metrics) over the old one."""
+    new, metrics = function(state, *inputs, **settings)
+    tree_map(Tensor.copy_, state, new)
+    return metrics
+
+
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
@@ -569,7 +563,7 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         rows, over = [], False
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = torch.tanh(policy(nets, actor, x)[0]).cpu().numpy()
+            action = sample_action(nets, actor, x, noise=0.0)[0].cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
@@ -642,16 +636,21 @@ def train(args: Args) -> dict:
         print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
         args = replace(args, compile=False)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
-    torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
+    graph = partial(jit, mode="reduce-overhead")  # replayed as a CUDA graph, where there is a GPU
+    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: on AMD twice as fast as MKL
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
+    if (probe @ probe).amin() < 256.1:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
     nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
     model = {"learner": adam_init(nets["ensemble"], device)}
-    update_model = jit(partial(model_update, net=nets["ensemble"], args=args))
+    update_model = graph(partial(in_place, model_update, net=nets["ensemble"], args=args))
     step_model = jit(partial(model_step, nets=nets, args=args))
-    update = jit(partial(sac_update, nets=nets, args=args))
+    update = graph(partial(in_place, sac_update, nets=nets, args=args))
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
@@ -663,6 +662,7 @@ def train(args: Args) -> dict:
         model = saved["model"]
         synthetic.add(saved["synthetic"])
         synthetic.added = saved["synthetic_added"]
+    tree_map(torch._dynamo.mark_static_address, (agent, model))  # the graphs' own memory
     if args.track:
         wandb = import_module("wandb")
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
@@ -714,7 +714,7 @@ def train(args: Args) -> dict:
             rows = torch.cat([x.sample(args.updates_per_step, n, draw=draw) for x, n in sizes], 1)
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
-                agent, metrics = update(agent, buffer.unpack(rows[i]), noise[i])
+                metrics = update(agent, buffer.unpack(rows[i]), noise[i])
             check_finite(step, **metrics)
             if step % 1000 == 0:
                 check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])

@@ -14,8 +14,7 @@ pi(a | s) maximizes the discounted return plus the entropy bonus alpha H(pi(. | 
     actor         J(pi) = E[alpha log pi(a | s) - min_i Q_i(s, a)],   a ~ pi(. | s)        (eq. 7)
     temperature   J(alpha) = alpha (E[-log pi(a | s)] - target entropy)                   (eq. 18)
 
-Run: python sac.py --env-id dmc/walker-run --seed 3
-With `--updates-per-step 20` it is the "no model" baseline of the MBPO paper (Janner et al. 2019).
+Run: python sac.py --env-id dmc/walker-run --seed 3; `--updates-per-step 20` is MBPO without model.
 Defaults: SAC is above, J github.com/jannerm/mbpo, S github.com/CLeARoboticsLab/STFL (FTFL).
 """
 
@@ -40,6 +39,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -67,6 +67,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # middle part of the run folder's name (CleanRL)
     device: str = "auto"  # auto (CUDA where there is one, else CPU), cpu, cuda or mps
     compile: bool = True  # compile the updates with torch.compile
+    matmul_precision: str = "highest"  # of float32 products: highest, or high or medium (PyTorch)
     track: bool = False  # log to Weights & Biases as well (CleanRL)
     wandb_project_name: str = "mbrl"  # project at Weights & Biases (CleanRL)
     wandb_entity: str | None = None  # team at Weights & Biases (CleanRL)
@@ -91,12 +92,9 @@ def check_args(args: Args) -> None:
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
         ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
+        ("matmul_precision", {"highest", "high", "medium"}.__contains__, "highest, high or medium"),
         ("track", lambda x: not x or util.find_spec("wandb"), "off (or pip install wandb)"),
-        (
-            "capture_video",
-            lambda x: not x or util.find_spec("moviepy"),
-            "off (pip install moviepy)",
-        ),
+        ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off (or install moviepy)"),
     ]:
         for name in names.split():
             if not holds(value := getattr(args, name)):
@@ -148,9 +146,7 @@ def check_finite(step: int, **quantities) -> None:
             raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
 
 
-class Batch(NamedTuple):
-    """Transitions, taken apart; ... stands for any batch shape."""
-
+class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch shape
     obs: Tensor  # [..., S]
     action: Tensor  # [..., A], in [-1, 1]
     reward: Tensor  # [...]
@@ -166,10 +162,7 @@ class ReplayBuffer:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
         if (size := 4 * capacity * sum(self.parts)) > memory:
-            wanted = (
-                f"{size / 2**30:.0f} GiB for {capacity} transitions, {memory / 2**30:.0f} exist"
-            )
-            raise InputError(f"the memory does not hold the replay buffer: {wanted}")
+            raise InputError(f"a buffer needs {size >> 30} GiB of memory, {memory >> 30} exist")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -201,30 +194,24 @@ def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
-class Critic(nn.Module):
+class Critic(nn.ModuleList):
     """Twin action values [2, ...] of s [..., S] and a [..., A]."""
 
     def __init__(self, obs_dim: int, action_dim: int):
-        super().__init__()
-        self.q1, self.q2 = mlp(obs_dim + action_dim, 1), mlp(obs_dim + action_dim, 1)
+        super().__init__(mlp(obs_dim + action_dim, 1) for _ in range(2))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], -1)
-        return torch.stack([self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)])
-
-
-def policy(nets: dict, params: dict, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log standard deviation [..., A] of u, where a = tanh(u), given s [..., S]."""
-    mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
-    return mean, -10 + 6 * (1 + torch.tanh(log_std))  # log std in [-10, 2] (S)
+        return torch.stack([q(x).squeeze(-1) for q in self])
 
 
 def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
+    """Returns a = tanh(u), u = mean + std noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
 
     log pi(a | s) = log N(u) - sum log(1 - tanh(u)^2), the latter 2 (log 2 - u - softplus(-2u)).
     """
-    mean, log_std = policy(nets, params, obs)
+    mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
+    log_std = -10 + 6 * (1 + torch.tanh(log_std))  # in [-10, 2] (S)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
     log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
@@ -234,8 +221,8 @@ def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple
 def adam_init(net: nn.Module, device: torch.device) -> dict:
     """What Adam learns: parameters by name, their gradients' first and second moments, steps."""
     params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
-    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
-    return {"params": params, "m": zeros, "v": zeros, "t": torch.zeros((), device=device)}
+    m, v = ({name: torch.zeros_like(param) for name, param in params.items()} for _ in range(2))
+    return {"params": params, "m": m, "v": v, "t": torch.zeros((), device=device)}
 
 
 def adam_step(learner: dict, grads: dict, lr: float) -> dict:
@@ -253,7 +240,7 @@ def sac_init(nets: dict, alpha: float, device: torch.device) -> dict:
     """All that a SAC update changes."""
     nets = nets | {"temperature": nn.ParameterDict({"log_alpha": torch.tensor(math.log(alpha))})}
     agent = {name: adam_init(net, device) for name, net in nets.items()}
-    return agent | {"target": agent["critic"]["params"]}
+    return agent | {"target": {name: p.clone() for name, p in agent["critic"]["params"].items()}}
 
 
 def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args) -> tuple:
@@ -290,6 +277,13 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     return {"actor": actor, "critic": critic, "temperature": temperature, "target": target}, metrics
 
 
+def in_place(function, state: dict, *inputs, **settings) -> dict:
+    """Writes the new state of function(state, *inputs) -> (state, metrics) over the old one."""
+    new, metrics = function(state, *inputs, **settings)
+    tree_map(Tensor.copy_, state, new)
+    return metrics
+
+
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
@@ -318,7 +312,7 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         rows, over = [], False
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            action = torch.tanh(policy(nets, actor, x)[0]).cpu().numpy()
+            action = sample_action(nets, actor, x, noise=0.0)[0].cpu().numpy()
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
@@ -388,18 +382,24 @@ def train(args: Args) -> dict:
         print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
         args = replace(args, compile=False)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
-    torch.manual_seed(args.seed)  # for the initial weights; all later draws use the generator
+    graph = partial(jit, mode="reduce-overhead")  # replayed as a CUDA graph, where there is a GPU
+    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: on AMD twice as fast as MKL
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
+    if (probe @ probe).amin() < 256.1:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
-    update = jit(partial(sac_update, nets=nets, args=args))
+    update = graph(partial(in_place, sac_update, nets=nets, args=args))
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
         draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
+    tree_map(torch._dynamo.mark_static_address, agent)  # the graph's own memory
     if args.track:
         wandb = import_module("wandb")
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
@@ -436,7 +436,7 @@ def train(args: Args) -> dict:
             rows = buffer.sample(args.updates_per_step, args.batch_size, draw=draw)
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
-                agent, metrics = update(agent, buffer.unpack(rows[i]), noise[i])
+                metrics = update(agent, buffer.unpack(rows[i]), noise[i])
             check_finite(step, **metrics)
             if step % 1000 == 0:
                 check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])

@@ -1,77 +1,270 @@
-"""Tables of the recorded runs beside published figures, and the parts of README.md made from files.
+"""Tables and figures of recorded runs beside published ones; the generated parts of README.md.
 
-python benchmarks/report.py            prints the table
-python benchmarks/report.py --write    puts table and diff into README.md, between their markers
+A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv and scalars.csv;
+a run's own folder, with TensorBoard events instead of scalars.csv, will do as well. Published
+figures stand, with their source, in benchmarks/published.csv.
 
-A run is a folder benchmarks/results/<env id>__<experiment>__<seed>/ with its own eval.csv and
-args.json; published figures stand, with their source, in benchmarks/published.csv.
+Intervals: the middle 95 % of 10,000 stratified bootstrap samples, which draw seeds with replacement
+within each task (Agarwal et al. 2021, arXiv 2108.13264). One seed gives none: [-].
 """
 
-import csv
+import argparse
+import hashlib
+import inspect
 import json
+import math
 import re
-import statistics
+import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+GOALS = {"dmc/walker-run": 50, "Hopper-v5": 500}  # returns to reach, within the first curves
+TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
+    "eval/critic_bias": ("critic bias", "symlog"),
+    "model/reward_error": ("reward error / variance", "log"),
+    "model/reward_std_ratio": ("reward spread, predicted / real", "log"),
+    "model/state_error_mean": ("state error / variance", "log"),
+}
+EXAMPLES = """examples:
+  python benchmarks/report.py                           prints the tables of benchmarks/results
+  python benchmarks/report.py --write                   renews the README's parts and the figures
+  python benchmarks/report.py --check                   names what is out of date (exit code 1)
+  python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
+  python benchmarks/report.py --results runs            prints the tables of the runs in runs/
+  python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
+"""
 
 
-def read_csv(path: Path) -> list[dict]:
-    """The rows of a CSV file by column name."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+class InputError(ValueError):
+    """What was asked for can't be done; one line says why and what to do."""
 
 
-def recorded_runs() -> dict:
-    """Returns {(task, steps, experiment, updates per step): {seed: {step: mean return}}}."""
-    groups = defaultdict(dict)
-    for path in sorted(RESULTS.glob("*__*__*/eval.csv")):
-        args = json.loads((path.parent / "args.json").read_text())
-        key = (args["env_id"], args["total_timesteps"], args["exp_name"], args["updates_per_step"])
-        curve = {int(row["step"]): float(row["mean"]) for row in read_csv(path)}
-        groups[key][args["seed"]] = curve
-    return dict(groups)
+def read_events(folder: Path) -> pd.DataFrame:
+    """The scalars among a run's TensorBoard events: columns step, tag, value."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    rows = [(event.step, tag, event.value) for tag in tags for event in events.Scalars(tag)]
+    return pd.DataFrame(rows, columns=["step", "tag", "value"]).sort_values(["step", "tag"])
 
 
-def cell(values: list[float]) -> str:
-    """Mean over seeds, and each seed's own value where there are several."""
-    if not values:
+def read_run(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
+    """Settings, evaluations (step, mean, ...) and scalars (step, tag, value) of a run."""
+    kinds = {"env_id": str, "exp_name": str} | dict.fromkeys(
+        ["seed", "total_timesteps", "eval_frequency", "updates_per_step"], int
+    )
+    file = folder / "args.json"
+    try:
+        args = json.loads(file.read_text())
+        if wrong := [name for name, kind in kinds.items() if type(args.get(name)) is not kind]:
+            raise ValueError(f"no {wrong[0]}")
+        file = folder / "eval.csv"
+        evaluations = pd.read_csv(file).astype({"step": int, "mean": float})
+        if evaluations.empty or not np.isfinite(evaluations["mean"]).all():
+            raise ValueError("no returns, or some that are no numbers")
+        file = folder / "scalars.csv"
+        scalars = pd.read_csv(file) if file.exists() else read_events(folder)
+        return args, evaluations, scalars.astype({"step": int, "tag": str, "value": float})
+    except (OSError, AttributeError, KeyError, ValueError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise InputError(f"{folder} is no run that can be read: {file.name}: {reason}") from None
+
+
+def load(results: Path) -> pd.DataFrame:
+    """Every run under a folder, long: task, run (its title), length, seed, step, tag, value."""
+    frames = []
+    for file in sorted(results.glob("*__*__*/eval.csv")):
+        args, evaluations, scalars = read_run(file.parent)
+        returns = evaluations[["step"]].assign(tag="return", value=evaluations["mean"])
+        frame = pd.concat([returns, scalars[scalars.tag.isin(TRAINING)]])
+        updates = args["updates_per_step"]
+        title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
+        names = {"task": args["env_id"], "run": title, "seed": args["seed"]}
+        frames.append(frame.assign(**names, length=args["total_timesteps"]))
+    if not frames:
+        raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
+    return pd.concat(frames, ignore_index=True)
+
+
+def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By run, the values of one tag: a row per step, a column per task and seed, NaN where none."""
+    shape = {"index": "step", "columns": ["task", "seed"], "values": "value", "aggfunc": "last"}
+    return {title: run.pivot_table(**shape) for title, run in rows.groupby("run")}
+
+
+def published(task: str) -> pd.core.groupby.DataFrameGroupBy:
+    """What others report on a task, by algorithm; a Gymnasium task is quoted without version."""
+    figures = pd.read_csv(ROOT / "benchmarks" / "published.csv")
+    figures = figures[figures.task.isin([task, task.split("-v")[0]])]
+    return figures.groupby(["algorithm", "source", "seeds"], sort=False)
+
+
+def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean: the mean without the lowest and the highest quarter, rounded down."""
+    return stats.trim_mean(x, 0.25, axis=axis)
+
+
+def interval(strata: list[np.ndarray], statistic=np.mean) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of a statistic of all seeds; strata [..., seeds], one per task.
+
+    NaN where a task has one seed. Equal strata give equal intervals.
+    """
+    if min(stratum.shape[-1] for stratum in strata) < 2:
+        return (np.full(strata[0].shape[:-1], math.nan),) * 2
+
+    def of_all(*strata, axis):
+        return statistic(np.concatenate(strata, axis), axis=axis)
+
+    options = {"n_resamples": 10_000, "batch": 1000, "method": "percentile", "rng": 0}
+    return tuple(stats.bootstrap(strata, of_all, axis=-1, **options).confidence_interval)
+
+
+def cell(curves: pd.DataFrame, step: int, statistic=np.mean) -> str:
+    """A statistic at a step, its interval, and of how many seeds if not all are there yet.
+
+    Empty if no seed of some task is there.
+    """
+    scores = curves.reindex([step]).loc[step].dropna()
+    strata = [task.to_numpy() for _, task in scores.groupby(level="task")]
+    if len(strata) < curves.columns.get_level_values("task").nunique():
         return ""
-    each = f" ({', '.join(f'{value:.0f}' for value in values)})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.0f}{each}"
+    low, high = interval(strata, statistic)
+    between = "-" if np.isnan(low) else f"{low:.0f}, {high:.0f}"
+    some = f" ({len(scores)} of {curves.shape[1]} seeds)" if len(scores) < curves.shape[1] else ""
+    return f"{statistic(scores.to_numpy()):.0f} [{between}]{some}"
 
 
-def results_table() -> str:
-    """A Markdown table per task and length: our runs, then what others published."""
-    runs, published = recorded_runs(), read_csv(ROOT / "benchmarks" / "published.csv")
-    tables = []
-    for task, length in sorted({key[:2] for key in runs}):
-        steps = [step for step in (10_000, 15_000, 20_000, 40_000, 50_000) if step <= length]
-        steps = steps[-3:] if length <= 20_000 else [20_000, 40_000, 50_000]
-        lines = [
-            f"**{task}**, mean return at environment step ... (each seed)\n",
-            "| run | seeds | " + " | ".join(f"{step:,}" for step in steps) + " |",
-            "|---|---|" + "---|" * len(steps),
-        ]
-        for (*where, name, updates), seeds in sorted(runs.items(), key=lambda item: item[0][2]):
-            if where == [task, length]:
-                title = f"`{name}`, {updates} update{'s' * (updates > 1)} per step"
-                cells = [cell([c[step] for c in seeds.values() if step in c]) for step in steps]
-                lines.append(f"| {title} | {len(seeds)} | " + " | ".join(cells) + " |")
-        quoted = defaultdict(dict)
-        for row in published:
-            if task.startswith(row["task"]) and int(row["length"]) == length:
-                name = f"{row['algorithm']} ({row['source']})", row["seeds"]
-                quoted[name][int(row["step"])] = f"{row['mean']} +- {row['std']}"
-        for (name, seeds), at in quoted.items():
-            cells = [at.get(step, "") for step in steps]
-            lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+def steps_to_reach(curves: pd.DataFrame, goal: float) -> str:
+    """Median over seeds of the first evaluated step with a return of at least the goal.
+
+    A seed that never gets there counts as infinity, and is told.
+    """
+    first = (curves >= goal).idxmax().where((curves >= goal).any(), math.inf)
+    there, median = np.isfinite(first).sum(), first.median()
+    some = f"{there} of {len(first)} seeds"
+    if not math.isfinite(median):
+        return f"reached by {some}" if there else "not reached"
+    return f"{median:,.0f}" + (f" ({some})" if there < len(first) else "")
+
+
+def table(name: str, returns: pd.DataFrame) -> str:
+    """A Markdown table of the returns on one task or on several together, then published ones.
+
+    Its columns are the evaluated steps next to half and all of the length of each run.
+    """
+    task = name if returns.task.nunique() == 1 else ""
+    marks = [mark for length in returns.length.unique() for mark in (length / 2, length)]
+    steps = sorted({min(returns.step, key=lambda step: abs(step - mark)) for mark in marks})
+    goal = [f"steps to {GOALS[task]:,}"] if task in GOALS else []
+    rows = [["run", "seeds", *(f"{step:,}" for step in steps), "IQM at its end", *goal]]
+    rows.append(["---"] * len(rows[0]))
+    for title, curves in curves_of(returns).items():
+        cells = [cell(curves, step) for step in steps]
+        cells.append(cell(curves, curves.dropna().index.max(), iqm))
+        cells += [steps_to_reach(curves, GOALS[task])] if goal else []
+        rows.append([title, str(curves.shape[1]), *cells])
+    for (algorithm, source, seeds), points in published(task):
+        at = {point.step: f"{point.mean} ± {point.std}" for point in points.itertuples()}
+        cells = [at.get(step, "") for step in steps]
+        rows.append([f"{algorithm} ({source})", str(seeds), *cells, "", *("" for _ in goal)])
+    return "\n".join([f"**{name}**\n", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def tables(data: pd.DataFrame) -> str:
+    """A table for every task, and one of the suite's tasks together, where there are several."""
+    returns = data[data.tag == "return"]
+    made = [table(task, rows) for task, rows in returns.groupby("task")]
+    suite = returns[returns.task.str.startswith("dmc/")]
+    if (count := suite.task.nunique()) > 1:
+        complete = suite.groupby("run").filter(lambda run: run.task.nunique() == count)
+        made += [table(f"The {count} tasks of dmc/ together", complete)] if len(complete) else []
+    return "\n\n".join(made)
+
+
+def draw_runs(axis, rows: pd.DataFrame, colors: list[str]) -> None:
+    """Per run a thick line, the mean of its seeds; a thin one each; a band, the interval."""
+    for title, curves in curves_of(rows).items():
+        color, whole = f"C{colors.index(title.split(',')[0])}", curves.dropna()
+        axis.plot(curves, color=color, linewidth=0.6, alpha=0.6)
+        axis.plot(whole.mean(axis=1), color=color, linewidth=1.8, label=title)
+        axis.fill_between(whole.index, *interval([whole.to_numpy()]), color=color, alpha=0.15)
+    axis.set_xlabel("environment step")
+    axis.locator_params(axis="x", nbins=5)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def draw_curves(returns: pd.DataFrame) -> Figure:
+    """Return by environment step: one panel per task, published figures as points."""
+    colors, count = experiments(returns), returns.task.nunique()
+    columns, lines = min(count, 3), math.ceil(count / 3)
+    figure = Figure((5.5 * columns, 4.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, (task, rows) in zip(axes, returns.groupby("task"), strict=False):
+        draw_runs(axis, rows, colors)
+        for i, ((algorithm, source, _), points) in enumerate(published(task)):
+            style = {"fmt": "osD^v"[i % 5], "color": f"{0.4 * (i % 3)}", "markersize": 4}
+            style |= {"linewidth": 1, "capsize": 3, "label": f"{algorithm}\n({source})"}
+            axis.errorbar(points.step, points["mean"], points["std"], **style)
+        axis.set(title=task, ylabel="mean return")
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+        axis.legend(fontsize=7, frameon=False, **place)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure
+
+
+def draw_training(scalars: pd.DataFrame) -> Figure:
+    """What TRAINING names by environment step, one row of panels per task."""
+    colors, count = experiments(scalars), scalars.task.nunique()
+    figure = Figure((4 * len(TRAINING), 3.4 * count + 0.4), layout="constrained")
+    axes, legend = figure.subplots(count, len(TRAINING), squeeze=False), {}
+    for line, (task, rows) in zip(axes, scalars.groupby("task"), strict=True):
+        line[0].set_ylabel(task)
+        for axis, (tag, (meaning, scale)) in zip(line, TRAINING.items(), strict=True):
+            draw_runs(axis, rows[rows.tag == tag], colors)
+            axis.set(title=meaning, yscale=scale)
+            legend |= {handle.get_label(): handle for handle in axis.get_legend_handles_labels()[0]}
+    figure.legend(handles=legend.values(), loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def experiments(rows: pd.DataFrame) -> list[str]:
+    """The experiments among the runs, in the order of their colors."""
+    return sorted({title.split(",")[0] for title in rows.run})
+
+
+def figures_of(data: pd.DataFrame) -> dict:
+    """What is drawn, {name: (function, rows)}; of training, the tasks with runs to compare."""
+    scalars = data[data.tag != "return"]
+    scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
+    figures = {"curves": (draw_curves, data[data.tag == "return"])}
+    return figures | ({"training": (draw_training, scalars)} if len(scalars) else {})
+
+
+def digest(draw, rows: pd.DataFrame) -> str:
+    """SHA-256 of all that a figure is made of: its rows, the published figures, the code."""
+    total = hashlib.sha256((ROOT / "benchmarks" / "published.csv").read_bytes())
+    total.update(f"{TRAINING}{rows.to_csv(index=False, float_format='%.6g')}".encode())
+    for function in (draw, draw_runs, experiments, curves_of, interval, published):
+        total.update(inspect.getsource(function).encode())
+    return total.hexdigest()
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest that a figure holds, or None where there is no such figure."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Description")
+    except OSError:  # absent, or no image
+        return None
 
 
 def diff_block() -> str:
@@ -83,7 +276,7 @@ def diff_block() -> str:
 
 def timing_text() -> str:
     """What the README's two commands take, as benchmarks/time_readme.py measured it."""
-    path = RESULTS / "readme_commands.json"
+    path = ROOT / "benchmarks" / "results" / "readme_commands.json"
     if not path.exists():
         return "Not timed yet."
     took = json.loads(path.read_text())
@@ -97,19 +290,114 @@ All 500,000 steps are ten million updates: a job for a GPU, or for days. The sec
 learn a real task."""
 
 
-def main() -> None:
-    """Prints the table, or writes all generated parts into README.md."""
-    parts = {"diff": diff_block(), "timing": timing_text(), "results": results_table()}
-    if "--write" not in sys.argv[1:]:
-        print(parts["results"])
-        return
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, part in parts.items():
+def document_of(results: Path, data: pd.DataFrame) -> tuple[Path, str]:
+    """The document on a folder of runs, and the text that it should have.
+
+    For our own results this is README.md, new between its markers; for others, report.md there.
+    """
+    own = results.resolve() == ROOT / "benchmarks" / "results"
+    path = ROOT / "README.md" if own else results / "report.md"
+    link = "benchmarks/results/figures" if own else "figures"
+    parts = {"diff": diff_block(), "timing": timing_text(), "training": ""}
+    parts["results"] = f"""\
+![Mean return by environment step, one panel per task]({link}/curves.png)
+
+Mean return at an environment step [95 % bootstrap interval over seeds; - for one seed]; IQM is the
+interquartile mean. Steps to a return: the first evaluation that reaches it, median over seeds.
+Published: mean ± standard deviation over seeds. In the figure, thin lines are seeds, thick ones
+their mean, bands its interval, and points are published.
+
+{tables(data)}"""
+    if "training" in figures_of(data):
+        parts["training"] = f"""\
+![Critic bias and model fit by environment step]({link}/training.png)
+
+Along training (see "What TensorBoard shows"), on tasks with several scripts:
+{", ".join(f"`{tag}`" for tag in TRAINING)}."""
+    text = path.read_text() if own else f"{parts['results']}\n\n{parts['training']}\n"
+    for name, part in parts.items() if own else ():
         block = f"<!-- {name} -->\n{part}\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->.*<!-- /{name} -->"
-        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.S)
-    readme.write_text(text)
+        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.S)
+        if count != 1:
+            raise InputError(f"{path} needs the markers <!-- {name} --> and <!-- /{name} --> once")
+    return path, text
+
+
+def renew(results: Path, write: bool) -> list[Path]:
+    """What is out of date among the document and figures of a folder; written anew if asked."""
+    data = load(results)
+    path, text = document_of(results, data)
+    stale = [] if path.exists() and path.read_text() == text else [path]
+    if stale and write:
+        path.write_text(text)
+    for name, (draw, rows) in figures_of(data).items():
+        path, description = results / "figures" / f"{name}.png", digest(draw, rows)
+        if drawn_from(path) != description:
+            stale.append(path)
+            if write:
+                path.parent.mkdir(exist_ok=True)
+                metadata = {"Description": description, "Software": None}
+                draw(rows).savefig(path, dpi=110, metadata=metadata)
+    return stale
+
+
+def record(folders: list[Path], results: Path) -> None:
+    """Copies finished runs into a folder of results; all are read before any is written."""
+    free = "run_root checkpoint_frequency device compile capture_video track resume overwrite"
+    runs = {}
+    for folder in folders:
+        args, evaluations, _ = read_run(folder)
+        last, end = evaluations.step.max(), args["total_timesteps"]
+        if (scalars := read_events(folder)).empty:
+            raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
+        if last + args["eval_frequency"] <= end:
+            raise InputError(f"{folder} is at step {last:,} of {end:,}: --resume it to its end")
+        target = results / f"{args['env_id'].replace('/', '-')}__{args['exp_name']}__{args['seed']}"
+        held = read_run(target)[0] if target.exists() else args
+        for name in sorted((held.keys() & args.keys()) - {*free.split()}):
+            if held[name] != args[name]:
+                change = f"{name} {held[name]}, not {args[name]}"
+                raise InputError(f"{target} holds a run with {change}: remove it to replace it")
+        runs[target] = folder, scalars
+    for target, (folder, scalars) in runs.items():
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("args.json", "eval.csv"):
+            shutil.copyfile(folder / name, target / name)
+        scalars.to_csv(target / "scalars.csv", index=False, float_format="%.6g")
+        print(f"recorded {target}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help shows examples")
+
+
+def main() -> None:
+    """Prints tables, renews or checks what is made of them, or records runs."""
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    parser, own = Parser(description=__doc__, **layout), ROOT / "benchmarks" / "results"
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--write", action="store_true", help="renew the document and the figures")
+    either.add_argument("--check", action="store_true", help="name what is out of date")
+    either.add_argument("--record", type=Path, nargs="+", metavar="RUN", help="copy runs to DIR")
+    parser.add_argument("--results", type=Path, default=own, metavar="DIR", help="folder of runs")
+    try:
+        args = parser.parse_args()
+        if args.record:
+            record(args.record, args.results)
+        elif args.write or args.check:
+            stale = renew(args.results, args.write)
+            for path in stale:
+                print(f"{path} is {'renewed' if args.write else 'out of date: give --write'}")
+            sys.exit(1 if args.check and stale else 0)
+        else:
+            print(tables(load(args.results)))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

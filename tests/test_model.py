@@ -222,7 +222,7 @@ def test_constant_reward_does_not_harm_the_fit(script, reward):
     batch = random_batch(script, 300)._replace(reward=torch.full((300,), reward))
     args = script.Args(ensemble_size=3, num_elites=2, model_max_updates=20)
     net, learner = make_ensemble(script, 3)
-    update = partial(script.model_update, net=net, args=args)
+    update = partial(script.in_place, script.model_update, net=net, args=args)
     model, metrics = script.fit_ensemble(learner, batch, update, net, args, seeded())
     assert all(x.isfinite().all() for x in flat(model).values())
     assert all(math.isfinite(x) for x in metrics.values())
@@ -273,7 +273,12 @@ class ScriptedFits:
 
         monkeypatch.setattr(self.script, "predict", spy)
         model, metrics = self.script.fit_ensemble(
-            self.learner, self.data, self.update, self.net, self.args, seeded(seed)
+            self.learner,
+            self.data,
+            partial(self.script.in_place, self.update),
+            self.net,
+            self.args,
+            seeded(seed),
         )
         self.inputs = model["scaler"]["inputs"]
         self.holdout = self.numbers(self.tested[0])
@@ -416,7 +421,7 @@ def test_inputs_and_targets_of_an_update_belong_together(script):
 
     def update(learner, x, y):
         pairs.append((x, y))
-        return learner, torch.zeros(())
+        return torch.zeros(())
 
     model, _ = script.fit_ensemble(learner, batch, update, net, args, seeded())
     scaler, flags = model["scaler"], residual_flags(script)[0]
@@ -636,7 +641,7 @@ def test_ensemble_learns_a_simple_task(script):
     data = learnable_data(script, 2000)
     args = script.Args(ensemble_size=3, num_elites=2, model_max_updates=400)
     net = script.Ensemble(3, S + A, S + 1, 64)
-    update = partial(script.model_update, net=net, args=args)
+    update = partial(script.in_place, script.model_update, net=net, args=args)
     learner = script.adam_init(net, CPU)
     model, metrics = script.fit_ensemble(learner, data, update, net, args, seeded())
     assert metrics["state_error_worst"] < 0.1

@@ -1,36 +1,380 @@
-"""The generated parts of the README are those that the recorded files give."""
+"""benchmarks/report.py: statistics, tables, figures that follow from files, recording of runs."""
 
+import itertools
+import json
 import shutil
 import sys
-from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from helpers_run import ROOT, folder_of, listing, one_error, read_scalars, small
+from scipy import stats
 
-ROOT = Path(__file__).resolve().parent.parent
+import sac
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import report  # noqa: E402
+import report
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("part", ["diff", "timing", "results"])
-def test_readme_holds_the_current_output(part):
-    """A figure that no longer follows from the files is found."""
-    made = {
-        "diff": report.diff_block,
-        "timing": report.timing_text,
-        "results": report.results_table,
-    }[part]()
-    assert f"<!-- {part} -->\n{made}\n<!-- /{part} -->" in (ROOT / "README.md").read_text()
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Calls the report's main in-process; returns exit code, stdout, stderr."""
+
+    def call(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            report.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
-def test_table_follows_the_recorded_runs(tmp_path, monkeypatch):
-    """Altering one recorded return alters the table."""
-    before = report.results_table()
-    copy = shutil.copytree(report.RESULTS, tmp_path / "results")
-    path = sorted(copy.glob("dmc-walker-run__sac__*/eval.csv"))[0]
-    lines = path.read_text().splitlines()
-    step, _, rest = lines[-1].split(",", 2)
-    path.write_text("\n".join([*lines[:-1], f"{step},987654,{rest}"]) + "\n")
-    monkeypatch.setattr(report, "RESULTS", copy)
-    after = report.results_table()
-    assert after != before
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A copy of what the report reads and writes, in which it then works."""
+    for name in ("README.md", "mbpo.py", "mbpo_ftfl.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a small finished run."""
+    root = tmp_path_factory.mktemp("runs")
+    sac.train(sac.Args(**small("sac", run_root=str(root))))
+    return folder_of(root, "sac")
+
+
+def write_run(root, experiment="mbpo", seed=1, env_id="dmc/walker-run", returns=(1, 2, 3), bias=0):
+    """A folder as a run leaves it, with evaluations every 1,000 steps; `bias`: the critic's."""
+    folder = folder_of(root, experiment, env_id, seed)
+    folder.mkdir(parents=True)
+    settings = {"script": "sac.py", "env_id": env_id, "exp_name": experiment, "seed": seed}
+    settings |= {"total_timesteps": 2000, "eval_frequency": 1000, "updates_per_step": 10}
+    (folder / "args.json").write_text(json.dumps(settings))
+    curve = pd.DataFrame({"step": 1000 * np.arange(len(returns)), "mean": returns})
+    curve.to_csv(folder / "eval.csv", index=False)
+    scalars = pd.DataFrame({"step": [0], "tag": ["eval/critic_bias"], "value": [bias]})
+    scalars.to_csv(folder / "scalars.csv", index=False)
+    return folder
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The rows of a Markdown table by their first column."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {first: [word.strip(" |") for word in rest] for first, *rest in lines}
+
+
+def alter(path, column: int, value: str) -> None:
+    """Puts another value into the last line of a CSV file."""
+    *lines, last = path.read_text().splitlines()
+    words = last.split(",")
+    words[column] = value
+    path.write_text("\n".join([*lines, ",".join(words)]) + "\n")
+
+
+# Statistics
+
+
+def test_interval_of_few_seeds_is_that_of_all_resamples():
+    """Two seeds give themselves; three and four what all their resamples give."""
+    assert np.allclose(report.interval([np.array([3.0, 11.0])]), (3, 11))
+    for seeds in ([1.0, 2.0, 10.0], [0.0, 3.0, 4.0, 20.0]):
+        means = [np.mean(draw) for draw in itertools.product(seeds, repeat=len(seeds))]
+        bounds = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
+        assert np.allclose(report.interval([np.array(seeds)]), bounds)
+
+
+def test_interval_of_many_seeds_is_the_normal_one():
+    """For the mean of many seeds: 1.96 standard errors to either side."""
+    seeds = np.random.default_rng(1).normal(50, 10, 400)
+    low, high = report.interval([seeds])
+    assert (low + high) / 2 == pytest.approx(seeds.mean(), abs=0.05)
+    assert (high - low) / 2 == pytest.approx(1.96 * seeds.std() / 20, rel=0.03)
+
+
+def test_interval_draws_seeds_within_each_task():
+    """Tasks on different scales widen nothing: every sample has as many seeds of each."""
+    low, high = report.interval([np.array([0.0, 1.0]), np.array([100.0, 101.0])])
+    assert (low, high) == (50, 51)
+    assert np.isnan(report.interval([np.array([0.0, 1.0]), np.array([100.0])])).all()
+
+
+def test_interval_takes_a_whole_curve():
+    """Steps by seeds give bounds per step, the same at every call."""
+    curve = np.random.default_rng(0).normal(size=(5, 4)) + np.arange(5)[:, None]
+    low, high = report.interval([curve])
+    assert low.shape == high.shape == (5,)
+    assert (low < curve.mean(1)).all()
+    assert (curve.mean(1) < high).all()
+    assert np.array_equal(low, report.interval([curve])[0])
+
+
+def test_iqm_leaves_out_a_quarter_at_either_end():
+    """It is the mean of the middle half, and of all of up to three."""
+    assert report.iqm(np.array([1000.0, 1, 3, 4, 2, -1000, 6, 5])) == 3.5
+    assert report.iqm(np.array([1.0, 2, 6])) == 3
+    x = np.random.default_rng(0).normal(size=(3, 10))
+    assert np.array_equal(report.iqm(x), stats.trim_mean(x, 0.25, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        ([[0, 1, 2]], "not reached"),
+        ([[0, 50, 20]], "1,000"),
+        ([[50, 0, 0], [0, 0, 60]], "1,000"),  # the median of 0 and 2,000
+        ([[0, 0, 90], [0, 0, 0]], "reached by 1 of 2 seeds"),
+        ([[0, 50, 0], [0, 0, 50], [0, 0, 0]], "2,000 (2 of 3 seeds)"),
+        ([[0, 50], [0, 0, 50]], "1,500"),  # a run that is not at its end
+        ([[0, 0], [0, 0]], "not reached"),
+    ],
+)
+def test_steps_to_reach(seeds, said):
+    """The first evaluation at or above the goal, median over seeds; never is told plainly."""
+    curves = pd.concat([pd.Series(seed) for seed in seeds], axis=1)
+    curves.index = 1000 * curves.index
+    assert report.steps_to_reach(curves, 50) == said
+
+
+# Tables and figures
+
+
+def test_table_of_a_task(tmp_path):
+    """Means, intervals and the dash of one seed stand under their steps; a late seed is told."""
+    for seed, value in enumerate((10, 20), 1):
+        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value))
+    write_run(tmp_path, "sac", returns=(0, 60.4, 70))
+    write_run(tmp_path, "late", returns=(0, 5, 7))
+    write_run(tmp_path, "late", seed=2, returns=(0, 6))
+    rows = rows_of(report.tables(report.load(tmp_path)))
+    assert rows["run"] == ["seeds", "1,000", "2,000", "IQM at its end", "steps to 50"]
+    name = "{}, 10 updates per step".format
+    assert rows[name("mbpo")] == ["2", "15 [10, 20]", "30 [20, 40]", "30 [20, 40]", "not reached"]
+    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "70 [-]", "1,000"]
+    late = ["2", "6 [5, 6]", "7 [-] (1 of 2 seeds)", "6 [5, 6]", "not reached"]
+    assert rows[name("late")] == late
+
+
+def test_table_of_several_tasks_together(tmp_path):
+    """The tasks of the suite also stand together, for runs that have all of them."""
+    for seed, value in enumerate((10, 20), 1):
+        write_run(tmp_path, seed=seed, returns=(0, value, value))
+        write_run(tmp_path, seed=seed, env_id="dmc/cartpole-swingup", returns=(0, 0, 100 + value))
+    write_run(tmp_path, "sac")
+    write_run(tmp_path, "sac", env_id="Hopper-v5")
+    *_, together = report.tables(report.load(tmp_path)).split("**The 2 tasks of dmc/ together**")
+    rows = rows_of(together)
+    assert "sac, 10 updates per step" not in rows
+    assert rows["mbpo, 10 updates per step"] == ["4", "8 [5, 10]", "65 [60, 70]", "65 [60, 70]"]
+
+
+def test_readme_and_figures_are_current():
+    """Every generated part and figure follows from the committed files."""
+    stale = report.renew(RESULTS, write=False)
+    assert not stale, "python benchmarks/report.py --write"
+
+
+def test_published_figures_stand_beside_ours():
+    """The tables quote published.csv at the steps that they show."""
+    text = report.tables(report.load(RESULTS))
+    for row in pd.read_csv(ROOT / "benchmarks" / "published.csv").itertuples():
+        line = next(line for line in text.splitlines() if f"{row.algorithm} ({row.source})" in line)
+        head = text[: text.index(line)].splitlines()[::-1]
+        steps = next(line for line in head if line.startswith("| run")).split(" | ")
+        if f"{row.step:,}" in steps:
+            at = line.split(" | ")[steps.index(f"{row.step:,}")]
+            assert at == f"{row.mean} ± {row.std}"
+
+
+def test_a_stale_table_is_noticed(tree, main):
+    """One altered return: README and curves are out of date, until they are written anew."""
+    assert main("--check", "--results", tree / "benchmarks/results") == (0, "", "")
+    alter(tree / "benchmarks/results/dmc-walker-run__sac__1/eval.csv", 1, "987.5")
+    code, out, _ = main("--check", "--results", tree / "benchmarks/results")
+    assert code == 1
+    stale = [line.split(" is out of date")[0] for line in out.splitlines()]
+    assert stale == [str(tree / "README.md"), str(tree / "benchmarks/results/figures/curves.png")]
+    assert main("--write", "--results", tree / "benchmarks/results")[0] == 0
+    assert "[50, 988]" in (tree / "README.md").read_text()
+    assert main("--check", "--results", tree / "benchmarks/results") == (0, "", "")
+
+
+def test_a_stale_figure_is_noticed(tree, main, monkeypatch):
+    """Altered data, published figures or code, and a file that is absent or no image."""
+    results = tree / "benchmarks" / "results"
+    curves, training = results / "figures/curves.png", results / "figures/training.png"
+    scalars = results / "dmc-walker-run__mbpo__1" / "scalars.csv"
+    alter(scalars, 2, "0.123")
+    assert report.renew(results, write=False) == []  # of a tag that no figure shows
+    scalars.write_text(scalars.read_text() + "20000,model/reward_error,0.5\n")
+    assert report.renew(results, write=False) == [training]
+    curves.write_text("no image")
+    training.unlink()
+    assert report.renew(results, write=True) == [curves, training]
+    assert report.renew(results, write=False) == []
+    alter(tree / "benchmarks/published.csv", 3, "1.5")
+    assert {curves, training} <= set(report.renew(results, write=False))
+    monkeypatch.setitem(report.TRAINING, "model/reward_error", ("another title", "linear"))
+    assert training in report.renew(results, write=False)
+
+
+@pytest.mark.parametrize("part", ["diff", "timing", "results", "training"])
+def test_every_generated_part_is_compared(tree, part):
+    """A word more between any two markers is out of date; a marker too few is refused."""
+    readme = tree / "README.md"
+    text = readme.read_text()
+    readme.write_text(text.replace(f"<!-- /{part} -->", f"by hand\n<!-- /{part} -->"))
+    assert report.renew(tree / "benchmarks/results", write=True) == [readme]
+    assert readme.read_text() == text
+    readme.write_text(text.replace(f"<!-- /{part} -->", ""))
+    with pytest.raises(report.InputError, match=f"needs the markers <!-- {part} -->"):
+        report.renew(tree / "benchmarks/results", write=True)
+
+
+def test_a_folder_of_other_runs_gets_a_report_of_its_own(tree, main):
+    """The README keeps what it says; document and figures stand beside the runs."""
+    before = (tree / "README.md").read_bytes()
+    for experiment in ("one", "two"):
+        write_run(tree / "runs", experiment, env_id="Hopper-v5")
+    code, _, _ = main("--results", tree / "runs", "--write")
+    assert code == 0
+    assert (
+        "| one, 10 updates per step | 1 | 2 [-] | 3 [-] |" in (tree / "runs/report.md").read_text()
+    )
+    for name in ("curves", "training"):
+        assert f"(figures/{name}.png)" in (tree / "runs/report.md").read_text()
+        assert report.drawn_from(tree / f"runs/figures/{name}.png")
+    assert (tree / "README.md").read_bytes() == before
+    assert main("--results", tree / "runs", "--check") == (0, "", "")
+
+
+def test_curves_show_seeds_mean_interval_and_published_points(tmp_path):
+    """A panel per task, and in it what its caption says."""
+    write_run(tmp_path, seed=1, returns=(0, 10, 20))
+    write_run(tmp_path, seed=2, returns=(0, 30, 60))
+    write_run(tmp_path, "sac", env_id="Hopper-v5")
+    hopper, walker = report.draw_curves(
+        report.load(tmp_path)[lambda rows: rows.tag == "return"]
+    ).axes
+    assert (hopper.get_title(), walker.get_title()) == ("Hopper-v5", "dmc/walker-run")
+    ours = [list(line.get_ydata()) for line in walker.lines if len(line.get_ydata()) == 3]
+    assert ours[:3] == [[0, 10, 20], [0, 30, 60], [0, 20, 40]]
+    band = walker.collections[0].get_paths()[0].vertices
+    assert {(1000, 10), (1000, 30), (2000, 20), (2000, 60)} <= set(map(tuple, band.tolist()))
+    points = [bars.lines[0].get_ydata().tolist() for bars in walker.containers]
+    quoted = report.published("dmc/walker-run")
+    assert points == [rows["mean"].tolist() for _, rows in quoted]
+
+
+# Recording
+
+
+def test_record_copies_a_run(trained, tmp_path, main):
+    """Settings and curve to the byte, all scalars to six digits; the report is that of the run."""
+    target = tmp_path / "results" / trained.name
+    for _ in range(2):  # the second time over the first
+        code, out, _ = main("--record", trained, "--results", tmp_path / "results")
+        assert (code, out) == (0, f"recorded {target}\n")
+    assert {path.name for path in target.iterdir()} == {"args.json", "eval.csv", "scalars.csv"}
+    for name in ("args.json", "eval.csv"):
+        assert (target / name).read_bytes() == (trained / name).read_bytes()
+    rows = pd.read_csv(target / "scalars.csv")
+    assert rows.columns.tolist() == ["step", "tag", "value"]
+    assert rows.step.is_monotonic_increasing
+    for tag, events in read_scalars(trained).items():
+        recorded = rows[rows.tag == tag]
+        assert recorded.step.tolist() == [step for step, _ in events]
+        assert recorded.value.tolist() == [float(f"{value:.6g}") for _, value in events]
+    assert main("--results", tmp_path / "results")[1] == main("--results", trained.parent)[1]
+
+
+def damaged(trained, tmp_path, file: str, text: str | None):
+    """A copy of a run with another text in a file, or without it."""
+    folder = shutil.copytree(trained, tmp_path / "damaged" / trained.name)
+    (folder / file).unlink() if text is None else (folder / file).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("args.json", None, "args.json: No such file"),
+        ("args.json", "{", "args.json: Expecting"),
+        ("args.json", "[]", "args.json: "),
+        ("args.json", '{"env_id": "Hopper-v5"}', "args.json: no exp_name"),
+        ("eval.csv", None, "eval.csv: No such file"),
+        ("eval.csv", "", "eval.csv: No columns"),
+        ("eval.csv", "step,mean\n", "eval.csv: no returns"),
+        ("eval.csv", "step,mean\n80,abc\n", "eval.csv: could not convert"),
+        ("eval.csv", "step,mean\n80,nan\n", "eval.csv: no returns, or some that are no numbers"),
+        ("eval.csv", "a,b\n1,2\n", "eval.csv: "),
+        ("eval.csv", "step,mean\n0,4\n40,5\n", "is at step 40 of 80: --resume it"),
+        ("scalars.csv", "step,tag\n0,a\n", "scalars.csv: "),
+    ],
+)
+def test_record_refuses_what_is_no_finished_run(trained, tmp_path, main, file, text, said):
+    """One line says why, and nothing is recorded, not even the good run before it."""
+    folder = damaged(trained, tmp_path, file, text)
+    code, out, err = main("--record", trained, folder, "--results", tmp_path / "results")
+    assert (code, out) == (2, "")
+    assert said in one_error(err)
+    assert str(folder) in err
+    assert not (tmp_path / "results").exists()
+
+
+def test_record_refuses_other_settings_and_folders(trained, tmp_path, main):
+    """A recorded run is replaced by one of the same settings only; a folder must be a run's own."""
+    results = tmp_path / "results"
+    main("--record", trained, "--results", results)
+    before = listing(results)
+    settings = json.loads((trained / "args.json").read_text())
+    other = json.dumps(settings | {"gamma": 0.5, "run_root": "elsewhere"})
+    for folder, said in [
+        (damaged(trained, tmp_path, "args.json", other), "gamma 0.99, not 0.5: remove it"),
+        (results / trained.name, "holds no TensorBoard events"),
+        (tmp_path / "nothing", "args.json: No such file"),
+    ]:
+        code, _, err = main("--record", folder, "--results", results)
+        assert code == 2
+        assert said in one_error(err)
+        assert listing(results) == before
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--results {tmp}", "holds no runs"),
+        ("--results {tmp}/none --write", "holds no runs"),
+        ("--write --check", "not allowed with argument"),
+        ("--record", "expected at least one argument"),
+        ("--frobnicate", "unrecognized arguments: --frobnicate; --help"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, main, words, said):
+    """It ends with exit code 2 and harms nothing."""
+    code, out, err = main(*words.format(tmp=tmp_path).split())
+    assert (code, out) == (2, "")
+    assert said in one_error(err)
+    assert not listing(tmp_path)
+
+
+def test_help_shows_examples(main):
+    """Each flag appears in an example."""
+    code, out, _ = main("--help")
+    assert code == 0
+    examples = out.split("examples:")[1]
+    assert all(flag in examples for flag in ("--write", "--check", "--record", "--results"))

@@ -52,10 +52,11 @@ def test_mlp_has_orthogonal_weights_of_gain_root_two_and_zero_biases(script):
 
 def test_log_std_stays_between_its_bounds(script):
     """Whatever the network says, log std is in [-10, 2], and reaches both ends and the middle."""
-    raw = torch.tensor([-1e6, -1.0, 0.0, 1.0, 1e6])
-    mean, log_std = script.policy({"actor": nn.Identity()}, {}, torch.cat([raw, raw]))
-    torch.testing.assert_close(mean, raw)
+    raw = torch.tensor([-1e6, -1.0, 0.0, 1.0, 1e6])[:, None]
+    obs = torch.cat([torch.zeros_like(raw), raw], -1)  # at mean 0 and noise 0, log pi is log N(0)
+    _, log_prob = script.sample_action({"actor": nn.Identity()}, {}, obs, torch.zeros_like(raw))
     expected = [-10.0, -4 - 6 * math.tanh(1), -4.0, -4 + 6 * math.tanh(1), 2.0]
+    log_std = -log_prob - math.log(2 * math.pi) / 2
     torch.testing.assert_close(log_std, torch.tensor(expected))
 
 
@@ -65,7 +66,7 @@ def test_log_probability_is_that_of_torch_distributions(script, size):
     mean, raw, noise = size * torch.randn(64, A), torch.randn(64, A), torch.randn(64, A)
     nets, obs = {"actor": nn.Identity()}, torch.cat([mean, raw], -1)
     action, log_prob = script.sample_action(nets, {}, obs, noise)
-    std = script.policy(nets, {}, obs)[1].exp()
+    std = torch.exp(-4 + 6 * torch.tanh(raw))
     squash = TanhTransform(cache_size=1)  # the cache has u where tanh(u) rounds to 1
     reference = squash(u := mean + std * noise)
     expected = TransformedDistribution(Normal(mean, std), [squash]).log_prob(reference).sum(-1)
@@ -332,3 +333,16 @@ def test_model_learner_starts_from_the_ensembles_parameters(script):
     assert_close(learner["params"], dict(net.state_dict()), rtol=0, atol=0)
     assert not any(tensor.any() for part in "mv" for tensor in learner[part].values())
     assert learner["t"] == 0
+
+
+def test_in_place_writes_the_new_state_over_the_old(script):
+    """The state's own tensors get what the pure function returns; none shares memory at first."""
+    nets = {"actor": script.mlp(S, 2 * A), "critic": script.Critic(S, A)}
+    agent, batch = script.sac_init(nets, 1.0, CPU), random_batch(script, 8)
+    tensors, noise = flat(agent), torch.randn(2, 8, A)
+    assert len({x.data_ptr() for x in tensors.values()}) == len(tensors)
+    settings = {"nets": nets, "args": script.Args()}
+    new, expected = script.sac_update(agent, batch, noise, **settings)
+    metrics = script.in_place(script.sac_update, agent, batch, noise, **settings)
+    assert_close(tensors, flat(new), rtol=0, atol=0)
+    assert_close(metrics, expected, rtol=0, atol=0)
