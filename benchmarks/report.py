@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -290,14 +291,26 @@ All 500,000 steps are ten million updates: a job for a GPU, or for days. The sec
 learn a real task."""
 
 
-def document_of(results: Path, data: pd.DataFrame) -> tuple[Path, str]:
-    """The document on a folder of runs, and the text that it should have.
+def included(name: str, otherwise: str = "Not measured yet.") -> str:
+    """The text of a file that another tool wrote into benchmarks/results/."""
+    path = ROOT / "benchmarks" / "results" / name
+    return path.read_text().strip() if path.exists() else otherwise
 
-    For our own results this is README.md, new between its markers; for others, report.md there.
-    """
-    own = results.resolve() == ROOT / "benchmarks" / "results"
-    path = ROOT / "README.md" if own else results / "report.md"
-    link = "benchmarks/results/figures" if own else "figures"
+
+def cost_text() -> str:
+    """Hours of a run of 500,000 steps, from the steps per second that throughput.py measured."""
+    path = ROOT / "benchmarks" / "results" / "throughput" / "cpu.csv"
+    if not path.exists():
+        return "Not measured yet."
+    rows = pd.read_csv(path).query("kind == 'steps' and who == 'ours' and rate > 0")
+    lines = ["| script | steps per second | hours for 500,000 steps |", "|---|---:|---:|"]
+    for script, rate in rows.groupby("task", sort=False).rate.median().items():
+        lines.append(f"| `{script}` | {rate:.3g} | {500_000 / rate / 3600:.0f} |")
+    return "\n".join(lines)
+
+
+def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
+    """The generated parts of README.md, by the name in their markers; figures are under `link`."""
     parts = {"diff": diff_block(), "timing": timing_text(), "training": ""}
     parts["results"] = f"""\
 ![Mean return by environment step, one panel per task]({link}/curves.png)
@@ -314,23 +327,47 @@ their mean, bands its interval, and points are published.
 
 Along training (see "What TensorBoard shows"), on tasks with several scripts:
 {", ".join(f"`{tag}`" for tag in TRAINING)}."""
-    text = path.read_text() if own else f"{parts['results']}\n\n{parts['training']}\n"
-    for name, part in parts.items() if own else ():
-        block = f"<!-- {name} -->\n{part}\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.S)
-        if count != 1:
-            raise InputError(f"{path} needs the markers <!-- {name} --> and <!-- /{name} --> once")
-    return path, text
+    return parts
+
+
+def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
+    """The documents on a folder of runs, and the text that each should have.
+
+    For our own results these are the two READMEs, new between their markers; else report.md there.
+    """
+    if results.resolve() != ROOT / "benchmarks" / "results":
+        parts = parts_of(data, "figures")
+        return {results / "report.md": f"{parts['results']}\n\n{parts['training']}\n"}
+    fits = included("mechanism/summary.md") + "\n\n" + included("mechanism/answers.md", "")
+    speed = {"throughput": included("throughput/cpu.md"), "cost": cost_text()}
+    speed["throughput-gpu"] = included("throughput/cuda.md", "Not measured on a GPU yet.")
+    speed["many-seeds"] = included("throughput/many_seeds_cpu.md")
+    texts = {}
+    for path, parts in {
+        ROOT / "README.md": parts_of(data, "benchmarks/results/figures") | {"mechanism": fits},
+        ROOT / "benchmarks" / "README.md": speed,
+    }.items():
+        texts[path] = path.read_text()
+        for name, part in parts.items():
+            block = f"<!-- {name} -->\n{part}\n<!-- /{name} -->"
+            pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+            swap = partial(re.subn, pattern, lambda _, block=block: block, flags=re.S)
+            texts[path], count = swap(texts[path])
+            if count != 1:
+                needed = f"the markers <!-- {name} --> and <!-- /{name} --> once"
+                raise InputError(f"{path} needs {needed}")
+    return texts
 
 
 def renew(results: Path, write: bool) -> list[Path]:
-    """What is out of date among the document and figures of a folder; written anew if asked."""
+    """What is out of date among the documents and figures of a folder; written anew if asked."""
     data = load(results)
-    path, text = document_of(results, data)
-    stale = [] if path.exists() and path.read_text() == text else [path]
-    if stale and write:
-        path.write_text(text)
+    stale = []
+    for path, text in documents_of(results, data).items():
+        if not path.exists() or path.read_text() != text:
+            stale.append(path)
+            if write:
+                path.write_text(text)
     for name, (draw, rows) in figures_of(data).items():
         path, description = results / "figures" / f"{name}.png", digest(draw, rows)
         if drawn_from(path) != description:
