@@ -350,7 +350,7 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
             held = saved["settings"] if saved else json.loads((run_dir / "args.json").read_text())
         except Exception:  # torch.load has no error of its own
             raise InputError(f"{file} is damaged or cut short: --overwrite starts anew") from None
-        for name in fixed:
+        for name in sorted(fixed):
             if (was := held.get(name)) != settings[name]:
                 change = f"{name} {was}, not {settings[name]}: choose another --exp-name"
                 raise InputError(f"{run_dir} holds a run with {change}")

@@ -341,6 +341,7 @@ def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     fits = included("mechanism/summary.md") + "\n\n" + included("mechanism/answers.md", "")
     speed = {"throughput": included("throughput/cpu.md"), "cost": cost_text()}
     speed["throughput-gpu"] = included("throughput/cuda.md", "Not measured on a GPU yet.")
+    speed["variants"] = included("throughput/variants_cpu.md")
     speed["many-seeds"] = included("throughput/many_seeds_cpu.md")
     texts = {}
     for path, parts in {
