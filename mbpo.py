@@ -109,8 +109,8 @@ def check_args(args: Args) -> None:
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
         ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
         ("matmul_precision", {"highest", "high", "medium"}.__contains__, "highest, high or medium"),
-        ("track", lambda x: not x or util.find_spec("wandb"), "off (or pip install wandb)"),
-        ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off (or install moviepy)"),
+        ("track", lambda x: not x or util.find_spec("wandb"), "off: pip install wandb"),
+        ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off: pip install moviepy"),
         ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
@@ -221,7 +221,7 @@ class ReplayBuffer:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
         if (size := 4 * capacity * sum(self.parts)) > memory:
-            raise InputError(f"a buffer needs {size >> 30} GiB of memory, {memory >> 30} exist")
+            raise InputError(f"the replay buffer needs {size >> 30} GiB, {memory >> 30} GiB exist")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 

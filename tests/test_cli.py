@@ -53,6 +53,7 @@ BAD = [  # flags, and what the line must say
     ("--seed -1", "--seed must be 0 or more, not -1"),
     (f"--device {DEVICE}", "--device must be one that is here (auto, c"),
     ("--device tpu", "not tpu"),
+    ("--matmul-precision low", "--matmul-precision must be highest, high or medium, not low"),
     ("--exp-name a/b", "--exp-name must be a name without /, not a/b"),
     ("--buffer-size 1000000000000", "replay buffer"),
     ("--run-root {root}/file/below", "choose another --run-root"),
@@ -359,14 +360,15 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     "predict_residual": ({"predict_residual": False}, models_otherwise),
 }
 BELOW = {"compile", "track", "wandb_project_name", "wandb_entity", "capture_video"}
+ELSEWHERE = {"matmul_precision"}  # in test_precision.py
 ROWS = [(script, name) for script in SCRIPTS for name in FLIPPED if name in fields(script)]
 
 
 @every_script
 def test_every_flag_has_a_test(script):
     """The table and the tests below it are about all flags."""
-    assert fields(script).keys() <= FLIPPED.keys() | BELOW
-    assert {*FLIPPED, *BELOW} == {name for each in SCRIPTS for name in fields(each)}
+    assert fields(script).keys() <= FLIPPED.keys() | BELOW | ELSEWHERE
+    assert {*FLIPPED, *BELOW, *ELSEWHERE} == {name for each in SCRIPTS for name in fields(each)}
 
 
 @pytest.mark.parametrize(("script", "name"), ROWS, ids=lambda x: getattr(x, "__name__", x))
