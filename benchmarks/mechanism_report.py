@@ -53,22 +53,36 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def summary(fits: pd.DataFrame) -> str:
-    """What became of each cell: medians over tasks of the means over seeds."""
-    blocks, last = [], fits.updates.max()
-    columns = [(metric, n) for metric in METRICS for n in sorted({*fits.updates} - {0})]
-    columns += [("reward_spread", last), ("state_spread", last)]
-    columns += [("reward_share_of_gradient", 0), ("reward_share_of_gradient", last)]
-    for group, rows in by_policy(fits).items():
+    """What became of each cell, medians over tasks of the means over seeds; and the verdicts."""
+    blocks = []
+    for group, rows in by_policy(fits[fits.updates > 0]).items():
         means = rows.groupby(["cell", "updates", "task", "data"]).mean(numeric_only=True)
         medians = means.groupby(level=["cell", "updates"]).median()
         table = pd.DataFrame({"target": [f"`{cell}`" for cell in CELLS]})
-        for metric, n in columns:
-            title = f"{metric.replace('_', ' ')}, {n:,}"
-            table[title] = medians[metric].xs(n, level="updates")[CELLS].to_list()
+        for metric, title in METRICS.items():
+            for n in sorted({*fits.updates} - {0}):
+                column = medians[metric].xs(n, level="updates")
+                table[f"{title}, {n:,}"] = column[CELLS].to_list()
         count = len(rows.groupby(["task", "data"]))
-        title = f"**{group}**, medians of {count}, each after so many updates:"
-        blocks.append(f"{title}\n\n{markdown(table)}\n")
+        title = f"**{group}**: sampled errors after so many updates, medians of {count}"
+        blocks.append(f"{title}\n\n{markdown(table)}\n\n{verdicts(rows)}\n")
     return "\n".join(blocks)
+
+
+def verdicts(rows: pd.DataFrame) -> str:
+    """On how many tasks each change lowers the errors in the end, in a line each."""
+    last, lines = rows[rows.updates == rows.updates.max()], []
+    means = last.groupby(["task", "data", "cell"]).mean(numeric_only=True)
+    for question, cell, others in QUESTIONS:
+        parts = []
+        for metric, title in METRICS.items():
+            wide = means[metric].unstack("cell")
+            factor = (wide[cell] / wide[others].min(axis=1)).dropna()
+            counted = f"{(factor < 1).sum()} of {len(factor)}"
+            parts.append(f"{title} {counted} (median factor {factor.median():.2g})")
+        lines.append(f"- {question} lowers the error after {last.updates.max():,} updates of:")
+        lines.append(f"  {'; '.join(parts)}.")
+    return "\n".join(lines)
 
 
 def compare(rows: pd.DataFrame, metric: str, cell: str, others: list[str]) -> str:

@@ -338,7 +338,7 @@ def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     if results.resolve() != ROOT / "benchmarks" / "results":
         parts = parts_of(data, "figures")
         return {results / "report.md": f"{parts['results']}\n\n{parts['training']}\n"}
-    fits = included("mechanism/summary.md") + "\n\n" + included("mechanism/answers.md", "")
+    fits = included("mechanism/summary.md")
     speed = {"throughput": included("throughput/cpu.md"), "cost": cost_text()}
     speed["throughput-gpu"] = included("throughput/cuda.md", "Not measured on a GPU yet.")
     speed["variants"] = included("throughput/variants_cpu.md")

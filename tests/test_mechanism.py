@@ -304,7 +304,7 @@ def test_data_of_a_trained_policy(out, tmp_path):
     (item,), held = mechanism.plan(options)
     assert item[:3] == (POLE, run.name, 40)
     finish(item, held, options)
-    assert "**Trained policies**, medians of 1," in (folder / "summary.md").read_text()
+    assert "so many updates, medians of 1\n" in (folder / "summary.md").read_text()
     assert f"## {POLE}, policy: {run.name}" in (folder / "tables.md").read_text()
     assert not mechanism.plan(options)[0]
 

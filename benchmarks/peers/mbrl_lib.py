@@ -1,0 +1,90 @@
+"""mbrl-lib's SAC, ensemble and rollouts, called as in its mbpo.py, with the sizes of ours."""
+
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import torch
+from mbrl.algorithms.mbpo import rollout_model_and_populate_sac_buffer
+from mbrl.env.termination_fns import no_termination
+from mbrl.models import GaussianMLP, ModelEnv, ModelTrainer, OneDTransitionRewardModel
+from mbrl.planning.sac_wrapper import SACAgent
+from mbrl.third_party.pytorch_sac_pranz24.sac import SAC
+from mbrl.util import ReplayBuffer
+from mbrl.util.replay_buffer import BootstrapIterator
+from serve import BATCH, FILLED, UPDATES, serve, setting
+
+SETTING = setting()
+OBS, ACTION, DEVICE = SETTING["obs"], SETTING["action"], torch.device(SETTING["device"])
+SPACES = SimpleNamespace(
+    observation_space=gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float32),
+    action_space=gym.spaces.Box(-1, 1, (ACTION,), np.float32),
+)
+
+
+def filled(rows: int) -> ReplayBuffer:
+    """A buffer full of random transitions that go on."""
+    buffer, random = ReplayBuffer(rows, (OBS,), (ACTION,)), np.random.default_rng(0)
+    parts = [random.standard_normal((rows, n), np.float32).clip(-1, 1) for n in (OBS, ACTION, OBS)]
+    ends = np.zeros(rows, bool)
+    buffer.add_batch(*parts, random.standard_normal(rows, np.float32), ends, ends)
+    return buffer
+
+
+def sac_agent() -> SAC:
+    """The library's settings for MBPO, with the target entropy and the hidden layers of ours."""
+    args = {"gamma": 0.99, "tau": 0.005, "alpha": 0.2, "policy": "Gaussian", "lr": 3e-4}
+    args |= {"target_update_interval": 1, "automatic_entropy_tuning": True, "hidden_size": 256}
+    args |= {"target_entropy": -ACTION / 2, "device": DEVICE}
+    return SAC(OBS, SPACES.action_space, SimpleNamespace(**args))
+
+
+def ensemble() -> OneDTransitionRewardModel:
+    """Seven networks of four layers of 200, of which five are elites, with scaled inputs."""
+    activation, sizes = {"_target_": "torch.nn.SiLU"}, {"num_layers": 4, "hid_size": 200}
+    sizes |= {"ensemble_size": 7, "propagation_method": "random_model"}
+    net = GaussianMLP(OBS + ACTION, OBS + 1, DEVICE, activation_fn_cfg=activation, **sizes)
+    return OneDTransitionRewardModel(net, target_is_delta=True, normalize=True, num_elites=5)
+
+
+def sac():
+    """20 updates of SAC."""
+    agent, memory = sac_agent(), filled(FILLED)
+
+    def once() -> int:
+        for i in range(UPDATES):
+            agent.update_parameters(memory, BATCH, i, reverse_mask=True)
+        return UPDATES
+
+    return once
+
+
+def model():
+    """An epoch of ModelTrainer.train(), without its evaluation: 32 updates of the ensemble."""
+    net, data = ensemble(), filled(32 * BATCH).get_all()
+    net.update_normalizer(data)
+    batches = BootstrapIterator(data, BATCH, 7, shuffle_each_epoch=True)
+    optimizer = ModelTrainer(net, optim_lr=1e-3, weight_decay=1e-5).optimizer
+
+    def once() -> int:
+        return len([net.update(batch, optimizer) for batch in batches])
+
+    return once
+
+
+def rollout():
+    """400 branches of one step, from the real buffer to the synthetic one."""
+    net, memory, synthetic = ensemble(), filled(FILLED), filled(400_000)
+    net.update_normalizer(memory.get_all())
+    net.set_elite(range(5))
+    world, agent = ModelEnv(SPACES, net, no_termination), SACAgent(sac_agent())
+
+    def once() -> int:
+        rollout_model_and_populate_sac_buffer(world, memory, agent, synthetic, True, 1, 400)
+        return 400
+
+    return once
+
+
+wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+serve({"sac": sac, "model": model, "rollout": rollout}, "mbrl", wait)

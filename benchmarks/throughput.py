@@ -1,0 +1,397 @@
+"""What this machine does per second with our updates, with those of peers, and at its very best.
+
+Measured are SAC updates, updates of the ensemble, rollouts of the model and steps of whole runs, at
+the sizes of walker-run and humanoid-walk; beside them, in turn, round after round, so that whatever
+else the machine does hits all alike: the SAC of stable-baselines3 and of sbx (JAX), mbrl-lib's SAC,
+ensemble and rollouts, on a GPU LeanRL's SAC, and the matrix products of an update alone, which no
+implementation in this precision can outrun. All draw their batches from a buffer, which is counted.
+
+Every contender is a process of its own with the same threads (benchmarks/peers/), idle but in its
+turn; a peer lives in a virtual environment of its own, made on first use, which takes minutes and a
+GB or two. One that can't be installed, or fails, is a line in the table. Where pip would fetch a
+CUDA build of torch for a CPU, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+
+Written after every round: OUT/cpu.csv or cuda.csv, a line per measurement; .md and .png from it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import warnings
+from contextlib import ExitStack, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "peers")]
+EXAMPLES = """examples:
+  python benchmarks/throughput.py                           everything there is
+  python benchmarks/throughput.py --only sac --peers sbx    SAC updates, beside sbx alone
+  python benchmarks/throughput.py --only model rollout --rounds 3 --seconds 1
+  python benchmarks/throughput.py --device cuda --here      on a GPU, peers from this very Python"""
+KINDS = {
+    "sac": "SAC updates",
+    "model": "model updates",
+    "rollout": "rollout transitions",
+    "env": "environment steps alone",
+    "steps": "steps of a run",
+}
+ENVS = ["dmc/walker-run", "dmc/humanoid-walk"]
+SCRIPTS = ["sac", "mbpo", "mbpo_ftfl", "mbpo_residual_ablation"]
+PRODUCTS, PARTS = "its matrix products alone", "mbrl-lib's parts"
+LEANRL = "meta-pytorch/LeanRL/760837e0844e32bb5e1b06afb612ac694f7240ca/leanrl/"
+LEANRL += "sac_continuous_action_torchcompile.py"
+LABELS = ["kind", "task", "who"]
+COLUMNS = ["round", *LABELS, "version", "count", "seconds", "rate", "gflop", "error"]
+COLUMNS += ["sac_updates", "sac_seconds", "model_updates", "model_seconds"]
+NOTES = """\
+SAC: batches of 256, two hidden layers of 256. Models: 7 members, four hidden layers of 200, batches
+of 256. Rollouts: 400 branches of one step. Steps of a run: walker-run with the script's defaults,
+but for evaluations and checkpoints, which are off, and fits, which are ten times as frequent and as
+short, {} updates every {} steps; mbrl-lib's parts are one environment step, as many SAC and model
+updates as ours made per step, and 400 rollouts. Median and range are those of the rounds; "ours
+over it" is taken round by round. Start: seconds of the first two calls, most of them compilation;
+of a run, until the first fit is done.
+"""
+
+
+class Failure(Exception):
+    """A contender can't be installed; the reason in one line."""
+
+
+class Peer(NamedTuple):
+    """Another implementation: its worker, what is measured of it, what to install beside torch."""
+
+    worker: str
+    kinds: list[str]
+    packages: str
+    bare: str = ""  # a package whose own requirements are too old to be installed
+    setting: dict = {}  # noqa: RUF012
+
+
+def all_peers(device: str) -> dict[str, Peer]:
+    """The peers by name; LeanRL is one on a GPU."""
+    stable, jax = "stable-baselines3==2.9.2", "jax[cuda13]" if device == "cuda" else "jax"
+    mbrl = "hydra-core==1.3.2 gymnasium==1.4.0 matplotlib termcolor tqdm imageio"
+    lean = "tensordict==0.12.0 torchrl==0.12.0 gymnasium==1.4.0 tyro tqdm"
+    peers = {
+        "stable-baselines3": Peer("stable", ["sac"], stable, "", {"package": "stable_baselines3"}),
+        "sbx": Peer("stable", ["sac"], f"{stable} sbx-rl==0.28.0 {jax}", "", {"package": "sbx"}),
+        "mbrl-lib": Peer("mbrl_lib", ["sac", "model", "rollout"], mbrl, "mbrl==0.2.0"),
+    }
+    return peers | ({"LeanRL": Peer("leanrl", ["sac"], lean)} if device == "cuda" else {})
+
+
+def install(name: str, peer: Peer, cache: Path) -> str:
+    """The Python of the peer's own environment, made on first use; Failure if that fails."""
+    folder, pip = cache / name, ["-m", "pip", "install", "-q"]
+    python, done = str(folder / "bin" / "python"), folder / "installed.txt"
+    wanted = f"torch=={version('torch').split('+')[0]} {peer.packages}"
+    if done.exists() and done.read_text() == wanted + peer.bare:
+        return python
+    commands = [[sys.executable, "-m", "venv", "--clear", folder], [python, *pip, *wanted.split()]]
+    commands += [[python, *pip, "--no-deps", peer.bare]] if peer.bare else []
+    print(f"installing {name} into {folder}", file=sys.stderr)
+    for command in commands:
+        child = subprocess.run(command, capture_output=True, text=True)
+        if child.returncode:
+            said = [line for line in child.stderr.splitlines() if "error" in line.lower()]
+            raise Failure(f"not installed: {[*said, 'pip gave no reason'][0]}")
+    done.write_text(wanted + peer.bare)
+    return python
+
+
+def leanrl_source(cache: Path) -> str:
+    """LeanRL's script, which is on no package index; Failure if it can't be fetched."""
+    path = cache / Path(LEANRL).name
+    if not path.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(f"https://raw.githubusercontent.com/{LEANRL}", path)
+        except OSError as error:
+            raise Failure(f"not installed: {LEANRL}: {error}") from None
+    return str(path)
+
+
+class Worker:
+    """A contender's process, started when it is first asked; or the reason why it can't be."""
+
+    def __init__(self, command: list, log: Path, failure: str = ""):
+        self.command, self.log, self.failure, self.process = command, log, failure, None
+
+    def start(self) -> None:
+        """Starts the process, with a pipe for its answers, since libraries print to stdout."""
+        ours, its = os.pipe()
+        options = {"env": os.environ | {"ANSWERS": str(its)}, "pass_fds": [its], "text": True}
+        with open(self.log, "w") as said:
+            options |= {"stdin": subprocess.PIPE, "stdout": said, "stderr": said}
+            self.process = subprocess.Popen(self.command, start_new_session=True, **options)
+        os.close(its)
+        self.answers = os.fdopen(ours)
+
+    def ask(self, timeout: float, **request) -> dict:
+        """The answer; {"error": ...} where something went wrong, and ever after if it is over."""
+        if self.failure:
+            return {"error": self.failure}
+        if not self.process:
+            self.start()
+        with suppress(BrokenPipeError):  # it has ended, as the end of its output says
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        if not select.select([self.answers], [], [], timeout)[0]:
+            self.failure = f"no answer within {timeout:.0f} s"
+        elif line := self.answers.readline():
+            return json.loads(line)
+        else:
+            self.failure = (self.log.read_text().splitlines() or ["it ended without a word"])[-1]
+        self.close()
+        return {"error": self.failure}
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+def plan(args, folder: Path, workers: dict) -> list[tuple[Worker, str, dict]]:
+    """(worker, task, labels) in the order of their turns; the workers are put into `workers`."""
+    import ours
+
+    peers = {name: peer for name, peer in all_peers(args.device).items() if name in args.peers}
+    starts = {"ours": (sys.executable, "ours", {})}  # Python, worker, setting; or why there is none
+    starts |= {f"{name}.py": (sys.executable, "ours", {"script": name}) for name in SCRIPTS}
+    for name, peer in peers.items():
+        try:
+            python = sys.executable if args.here else install(name, peer, args.cache)
+            source = {"source": leanrl_source(args.cache)} if name == "LeanRL" else {}
+            starts[name] = python, peer.worker, peer.setting | source
+        except Failure as failure:
+            starts[name] = str(failure)
+    sizes, turns = {}, []
+    for env_id in ENVS:
+        env = ours.script.make_env(env_id)
+        sizes[env_id] = env.observation_space.shape[0], env.action_space.shape[0]
+
+    def turn(kind: str, env_id: str, name: str, wanted: str, **labels) -> None:
+        if (name, env_id) not in workers:
+            log, begun = folder / f"{len(workers)}.log", starts[name]
+            if isinstance(begun, str):
+                workers[name, env_id] = Worker([], log, begun)
+            else:
+                python, file, more = begun
+                dims = {"obs": sizes[env_id][0], "action": sizes[env_id][1]}
+                setting = json.dumps({"env_id": env_id, "device": args.device} | dims | more)
+                path = ROOT / "benchmarks" / "peers" / f"{file}.py"
+                workers[name, env_id] = Worker([python, path, setting], log)
+        labels = {"kind": kind, "task": env_id, "who": name} | labels
+        turns.append((workers[name, env_id], wanted, labels))
+
+    for kind in ("sac", "model", "rollout"):
+        for env_id in ENVS if kind in args.only else []:
+            for name in ["ours", *(name for name in peers if kind in peers[name].kinds)]:
+                turn(kind, env_id, name, kind)
+            if kind != "rollout":
+                gflop = ours.products(kind, *sizes[env_id])[1] / 1e9
+                turn(kind, env_id, "ours", f"{kind} products", who=PRODUCTS, gflop=gflop)
+    if "steps" in args.only:
+        turn("env", ENVS[0], "ours", "env")
+        for name in SCRIPTS:
+            turn("steps", ENVS[0], f"{name}.py", "steps", task=f"{name}.py", who="ours")
+    return turns
+
+
+def measure(args) -> None:
+    """Gets everything ready, then measures round by round; writes all files after each."""
+    records, workers = [], {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # to compile anew
+        stack.callback(lambda: [worker.close() for worker in workers.values()])
+        turns = plan(args, folder, workers)
+        bar = stack.enter_context(tqdm(total=(args.rounds + 1) * len(turns), unit="turn"))
+        for number in range(args.rounds + 1):  # in round 0 each sets its task up
+            for worker, task, labels in turns:
+                bar.set_postfix_str(f"round {number}: {labels['who']}, {labels['task']}, {task}")
+                seconds = {"seconds": args.seconds} if number else {}
+                answer = worker.ask(args.seconds + 3600, task=task, **seconds)
+                records.append({"round": number} | labels | answer)
+                bar.update()
+            if number:
+                write(complete(pd.DataFrame(records)), args)
+    print((args.out / f"{args.device}.md").read_text())
+
+
+def complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adds rates, and that of steps from mbrl-lib's parts with as many updates as ours made."""
+    frame = frame.reindex(columns=COLUMNS)
+    frame["rate"] = (frame["count"] / frame.seconds).where(frame["round"] > 0)
+    run = frame[(frame.kind == "steps") & (frame.task == "mbpo_ftfl.py")].set_index("round")
+    env = rates(frame, "env", ENVS[0], "ours")
+    sac, model, rollout = (
+        rates(frame, k, ENVS[0], "mbrl-lib") for k in ("sac", "model", "rollout")
+    )
+    updates = run.sac_updates / sac + run.model_updates / model
+    step = (1 / env + updates / run["count"] + 400 / rollout).dropna()
+    parts = {"round": step.index, "kind": "steps", "task": "mbpo_ftfl.py", "who": PARTS}
+    return pd.concat([frame, pd.DataFrame(parts | {"rate": 1 / step.array})], ignore_index=True)
+
+
+def rates(frame: pd.DataFrame, *key: str) -> pd.Series:
+    """Rates by round of one (kind, task, who); empty where there are none."""
+    mine = (frame[LABELS] == [*key]).all(axis=1) & frame.rate.notna()
+    return frame[mine].set_index("round").rate.astype(float)
+
+
+def spread(values: pd.Series, unit: str = "") -> list[str]:
+    """Median and range of what was measured, as two cells."""
+    numbers = values.median(), values.min(), values.max()
+    cells = [f"{x:,.0f}{unit}" if abs(x) >= 100 or unit else f"{x:.3g}" for x in numbers]
+    return [cells[0], f"{cells[1]} to {cells[2]}"] if len(values) else ["", ""]
+
+
+def tables(frame: pd.DataFrame) -> str:
+    """Two tables in Markdown: rates, with ours over the others' round by round; and shares."""
+    lines = [["per second", "task", "who", "median", "range", "ours over it", "range", "start, s"]]
+    shares = [["share", "task", "median", "range"]]
+    for (kind, task, who), part in frame.groupby(LABELS, sort=False):
+        measured, ours = (rates(frame, kind, task, name) for name in (who, "ours"))
+        ratio = (ours / measured).dropna() if who != "ours" else pd.Series(dtype=float)
+        failed, began = part.error.dropna(), part[part["round"] == 0].seconds.dropna()
+        named = {who, *part.version.dropna()} - {who} if who not in ("ours", PRODUCTS) else ()
+        cells = [*spread(measured), *spread(ratio), *(f"{x:.0f}" for x in began[:1])]
+        cells = [*cells[:4], failed.iloc[0]] if len(failed) else cells
+        lines.append([KINDS[kind], task, " ".join([who, *map(str, named)]), *cells])
+        if who == PRODUCTS and len(ratio):
+            one, speed = part.gflop.iloc[0], spread(measured * part.gflop.iloc[0])[0]
+            name = f"{KINDS[kind]}, {one:.2f} GFLOP each, of {speed} GFLOP/s that products reach"
+            shares.append([name, task, *spread(100 * ratio, " %")])
+        part = part[part["round"] > 0]
+        if part.sac_seconds.notna().any():
+            rest = 1 - part.sac_seconds.add(part.model_seconds, fill_value=0) / part.seconds
+            name = "time of a step besides SAC and model updates"
+            shares.append([name, task, *spread(100 * rest.dropna(), " %")])
+    blocks = []
+    for rows, names in ((lines, 3), (shares, 2))[: 1 + (len(shares) > 1)]:
+        rows.insert(1, ["---"] * names + ["---:"] * (len(rows[0]) - names))
+        padded = [[*row, *[""] * (len(rows[0]) - len(row))] for row in rows]
+        blocks.append("\n".join(f"| {' | '.join(row)} |" for row in padded))
+    return "\n\n".join(blocks)
+
+
+def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
+    """A bar for each rate, as high as the median, with its range."""
+    kinds = [kind for kind in KINDS if kind in set(frame.kind) - {"env"}]
+    names = list(dict.fromkeys(frame.who))
+    size = {"figsize": (5 * len(kinds), 4), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(kinds), **size)
+    for kind, axis in zip(kinds, axes[0], strict=True):
+        part = frame[(frame.kind == kind) & frame.rate.notna()]
+        middle, low, high = (
+            part.pivot_table("rate", "task", "who", aggfunc=function, sort=False)
+            for function in ("median", "min", "max")
+        )
+        error = np.stack([middle - low, high - middle]).transpose(2, 0, 1)  # [who, 2, tasks]
+        style = {"rot": 20 if kind == "steps" else 0, "xlabel": "", "capsize": 2}
+        style |= {"color": [f"C{names.index(name)}" for name in middle]}
+        middle.plot.bar(ax=axis, yerr=error, title=f"{KINDS[kind]} per second", **style)
+        axis.margins(y=0.35)  # room for the legend
+        axis.legend(fontsize="small", loc="upper right")
+    figure.suptitle(title)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write(frame: pd.DataFrame, args) -> None:
+    """Writes CSV, table and chart, each in one step."""
+    import ours
+    import torch
+
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    if args.device == "cpu" and (told := Path("/proc/cpuinfo")).exists():
+        device = re.search(r"model name\s*: (.*)|$", told.read_text())[1] or device
+    title = f"{device}, {args.threads} thread{'s' * (args.threads > 1)}, torch {torch.__version__}"
+    if preloaded := os.environ.get("LD_PRELOAD"):
+        title += f", {Path(preloaded).name} preloaded"
+    rounds = f"{frame['round'].max()} rounds of {args.seconds:g} s each"
+    text = f"**{title}**, {rounds}\n\n{tables(frame)}\n\n"
+    text += NOTES.format(ours.FIT_UPDATES, ours.FIT_EVERY)
+    for suffix, save in {
+        "csv": lambda path: frame.to_csv(path, index=False, float_format="%.6g"),
+        "md": lambda path: path.write_text(text),
+        "png": lambda path: draw(frame, title, path),
+    }.items():
+        temporary = args.out / f".{args.device}.{suffix}"
+        save(temporary)
+        temporary.replace(args.out / f"{args.device}.{suffix}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the command line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line; bad input is one line and exit code 2."""
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    parser, kinds, peers = Parser(description=__doc__, **layout), [*KINDS], [*all_peers("cuda")]
+    kinds.remove("env")
+    add, results = parser.add_argument, ROOT / "benchmarks" / "results" / "throughput"
+    cache = Path.home() / ".cache" / "mbrl-peers"
+    add("--rounds", type=int, default=7, help="rounds, in each of which all have a turn (7)")
+    add("--seconds", type=float, default=3, help="seconds of a turn at least (3)")
+    add("--threads", type=int, default=2, help="CPU cores and threads of each contender (2)")
+    add("--only", nargs="+", choices=kinds, default=kinds, help="what is measured (everything)")
+    add("--peers", nargs="*", choices=peers, default=peers, help="beside whom (all)")
+    add("--device", choices=["cpu", "cuda"], help="cpu or cuda (cuda where there is one)")
+    add("--out", type=Path, default=results, help="folder (benchmarks/results/throughput)")
+    add("--cache", type=Path, default=cache, help="folder of peers (~/.cache/mbrl-peers)")
+    add("--here", action="store_true", help="peers in this Python: for machines without a network")
+    args = parser.parse_args(words)
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none here; take --device cpu")
+    if not 1 <= args.threads <= cores:
+        parser.error(f"--threads must be from 1 to {cores}, the cores there are")
+    if args.rounds < 1 or not 0 < args.seconds < 3600:
+        parser.error("--rounds must be at least 1, and --seconds above 0 and under 3600")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
+    return args
+
+
+def main() -> None:
+    """Measures what the command line asks for."""
+    warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
+    args = parse()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(args.threads)
+    if hasattr(os, "sched_setaffinity"):  # all contenders get these cores, whatever they use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    try:
+        measure(args)
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"error: {error or 'interrupted'}")
+
+
+if __name__ == "__main__":
+    main()
