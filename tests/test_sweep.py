@@ -248,10 +248,11 @@ def test_dry_run_prints_the_commands(tmp_path):
     assert [[Path(script).name, *rest] for _, script, *rest in commands] == expected
 
 
-def test_the_example_grid_is_that_of_the_recorded_runs():
-    """Each run in benchmarks/results/ is one of the grid's, with the settings of its args.json."""
-    runs = {run.folder.name: run for run in runs_of(ROOT / "benchmarks/grids/first_curves.toml")}
-    assert len(runs) == 11
+def test_the_grids_are_those_of_the_recorded_runs():
+    """Each run in benchmarks/results/ is one of a grid's, with the settings of its args.json."""
+    grids = [ROOT / "benchmarks" / "grids" / f"{name}.toml" for name in ("policies", "first_curves")]
+    runs = {run.folder.name: run for grid in grids for run in runs_of(grid)}
+    assert len(runs) == 12
     recorded = sorted((ROOT / "benchmarks" / "results").glob("*__*__*/args.json"))
     for file in recorded:
         held, settings = json.loads(file.read_text()), runs[file.parent.name].settings
