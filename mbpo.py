@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call, grad_and_value, stack_module_state
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -248,37 +248,38 @@ def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
     layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
-        nn.init.orthogonal_(layer.weight, math.sqrt(2))
-        nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(layer.weight, math.sqrt(2)), nn.init.zeros_(layer.bias)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
-class Critic(nn.ModuleList):
-    """Twin action values [2, ...] of s [..., S] and a [..., A]."""
+class Critic(nn.Module):
+    """Twin action values [2, B] of s [B, S] and a [B, A], from two networks in one."""
 
     def __init__(self, obs_dim: int, action_dim: int):
-        super().__init__(mlp(obs_dim + action_dim, 1) for _ in range(2))
+        super().__init__()
+        pairs = [*stack_module_state([mlp(obs_dim + action_dim, 1) for _ in range(2)])[0].values()]
+        self.weights = nn.ParameterList(w.mT.contiguous() for w in pairs[::2])  # [2, in, out] each
+        self.biases = nn.ParameterList(b[:, None] for b in pairs[1::2])  # [2, 1, out] each
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], -1)
-        return torch.stack([q(x).squeeze(-1) for q in self])
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = (F.relu(x) if i else x) @ weight + bias
+        return x.squeeze(-1)
 
 
 def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a = tanh(u), u = mean + std noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
-
-    log pi(a | s) = log N(u) - sum log(1 - tanh(u)^2), the latter 2 (log 2 - u - softplus(-2u)).
-    """
+    """a = tanh(u), u = mean + std noise [..., A], and log pi(a | s) [...] (SAC, eq. 26)."""
     mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
     log_std = -10 + 6 * (1 + torch.tanh(log_std))  # in [-10, 2] (S)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
     return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
 
 
 class Ensemble(nn.Module):
-    """E networks in one: mean and log variance [E, B, S + 1] of the target given x [E, B, S + A].
+    """E networks in one: mean and log variance [E, B, S + 1] given x [E, B, S + A] or [B, S + A].
 
     Four hidden SiLU layers; truncated normal init with std 1 / (2 sqrt(fan in)), zero bias (J). The
     log variance is softly clamped between learned bounds (PETS, Chua et al. 2018, appendix A.1).
@@ -298,7 +299,7 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, F.silu(x) if i else x, weight)
+            x = (F.silu(x) if i else x) @ weight + bias
         mean, log_var = x.chunk(2, -1)
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
@@ -349,9 +350,7 @@ def model_update(learner: dict, x: Tensor, y: Tensor, net: Ensemble, args: Args)
     return adam_step(learner, grads, args.model_lr), loss
 
 
-def fit_ensemble(
-    learner: dict, data: Batch, update, net: Ensemble, args: Args, draw: dict
-) -> tuple:
+def fit_ensemble(learner: dict, data: Batch, update, net: Ensemble, args, draw: dict) -> tuple:
     """Fits the ensemble to N real transitions, less a holdout; returns the model and its metrics.
 
     Each member learns from its own bootstrap sample until no member's holdout error has improved
@@ -370,14 +369,16 @@ def fit_ensemble(
     best_error, stale, updates, limit = math.inf, 0, 0, args.model_max_updates or math.inf
     batch = 256  # J
     while stale < args.model_patience and updates < limit:
-        shuffled = bootstrap.gather(1, torch.rand(bootstrap.shape, **draw).argsort(1))  # [E, N]
+        shuffled = torch.stack([x[torch.randperm(len(x), **draw)] for x in bootstrap])  # [E, N]
         for first in range(0, len(train), batch):  # the last batch is filled up from the front
             index = shuffled[:, torch.arange(first, first + batch) % len(train)]  # [E, 256]
             loss = update(learner, inputs[index], targets[index])
             if (updates := updates + 1) >= limit:
                 break
-        mean, _ = predict(net, learner["params"], inputs[holdout])
-        error = ((mean - targets[holdout]) ** 2).mean((1, 2))  # [E]
+        error = torch.zeros(args.ensemble_size, device=targets.device)
+        for part in holdout.split(batch):
+            mean, _ = functional_call(net, learner["params"], (inputs[part],))
+            error += ((mean - targets[part]) ** 2).mean(2).sum(1) / held_out
         improved = error < 0.99 * best_error
         best_error, better = torch.where(improved, error, best_error), improved[:, None, None]
         best = {k: torch.where(better, learner["params"][k], p) for k, p in best.items()}
@@ -390,18 +391,14 @@ def fit_ensemble(
     return model, metrics | model_metrics(model, net, inputs[holdout], targets[holdout])
 
 
-def predict(net: Ensemble, params: dict, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log variance [E, B, S + 1] of every member in `params` at inputs [B, S + A]."""
-    return functional_call(net, params, (inputs.expand(len(params["biases.0"]), -1, -1),))
-
-
 def model_metrics(model: dict, net: Ensemble, inputs: Tensor, targets: Tensor) -> dict:
     """How the elites fit held-out inputs [H, S + A] and targets [H, S + 1], as FTFL looks at it.
 
     Errors are E[(mu - y)^2] / Var[y]; the reward's share of the loss is that of its dimension in
     sum E[(mu - y)^2 / sigma^2]; the last is E[sigma] / Std[y] of the reward.
     """
-    mean, log_var = predict(net, members(model["learner"]["params"], model["elites"]), inputs)
+    elites = members(model["learner"]["params"], model["elites"])
+    mean, log_var = functional_call(net, elites, (inputs,))
     squared, spread = (mean - targets) ** 2, fit_scaler(targets)[1]
     error = squared.mean((0, 1)) / spread**2  # [S + 1]
     weighted = (squared / log_var.exp()).mean((0, 1))
@@ -428,7 +425,7 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
     action, _ = sample_action(nets, actor, obs, noise[0])
     inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
     elites = members(model["learner"]["params"], model["elites"])
-    mean, log_var = predict(nets["ensemble"], elites, inputs)  # [K, B, S + 1] of K elites
+    mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1] of K
     branch = torch.arange(len(obs), device=obs.device)
     prediction = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
     return action, *apply_prediction(obs, prediction)
@@ -436,7 +433,7 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
 
 def rollout(model, actor, starts: Batch, horizon: int, step, terminates, draw: dict) -> Tensor:
     """Rows of up to `horizon` steps from each of B states; every step draws its elite and noise."""
-    rows, obs, alive = [], starts.obs, torch.ones_like(starts.reward, dtype=torch.bool)
+    rows, kept, obs, alive = [], [], starts.obs, torch.ones_like(starts.reward, dtype=torch.bool)
     for _ in range(horizon):
         choice = torch.randint(len(model["elites"]), alive.shape, **draw)
         model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
@@ -444,9 +441,10 @@ def rollout(model, actor, starts: Batch, horizon: int, step, terminates, draw: d
         action, next_obs, reward = step(model, actor, obs, choice, noise)
         terminated = terminates(obs, action, next_obs)
         parts = [obs, action, reward[:, None], next_obs, terminated[:, None]]
-        rows.append(torch.cat(parts, -1)[alive])
+        rows.append(torch.cat(parts, -1))
+        kept.append(alive)
         obs, alive = next_obs, alive & ~terminated
-    return torch.cat(rows)
+    return torch.cat(rows)[torch.cat(kept)] if horizon > 1 else rows[0]
 
 
 def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
@@ -533,7 +531,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
     action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
     value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonuses yet
-    value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1], action[-1])).amin(0))
+    value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1:], action[-1:])).amin())
     bias = critic((episode.obs, episode.action)).amin(0)  # [T]
     for t in reversed(range(len(bias))):
         soft_return = episode.reward[t] + gamma * value[t + 1]  # G_t
@@ -552,6 +550,7 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = sample_action(nets, actor, x, noise=0.0)[0].cpu().numpy()
+            check_finite(step, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
@@ -624,21 +623,20 @@ def train(args: Args) -> dict:
         print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
         args = replace(args, compile=False)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
-    graph = partial(jit, mode="reduce-overhead")  # replayed as a CUDA graph, where there is a GPU
     torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
     probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
     if (probe @ probe).amin() < 256.1:
         torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
-    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
     nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
     model = {"learner": adam_init(nets["ensemble"], device)}
-    update_model = graph(partial(in_place, model_update, net=nets["ensemble"], args=args))
+    update_model = partial(in_place, model_update, net=nets["ensemble"], args=args)
+    update_model = jit(update_model, mode="reduce-overhead")  # replayed as a CUDA graph on a GPU
     step_model = jit(partial(model_step, nets=nets, args=args))
-    update = graph(partial(in_place, sac_update, nets=nets, args=args))
+    update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
@@ -670,14 +668,15 @@ def train(args: Args) -> dict:
             if step <= args.learning_starts:
                 action = 2 * torch.rand(dims[1], **draw) - 1
             else:
-                x, noise = to_tensor(obs), torch.randn(dims[1], **draw)
-                action, _ = sample_action(nets, agent["actor"]["params"], x, noise)
-            action = action.cpu().numpy()
+                x, noise = torch.as_tensor(obs, dtype=torch.float32), torch.randn(dims[1], **draw)
+                action, _ = sample_action(nets, agent["actor"]["params"], x.to(device), noise)
+            action = action.cpu().numpy()  # the one wait for the device
+            check_finite(step, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
             check_termination(terminates, args, step, obs, action, next_obs, terminated)
             row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
-            buffer.add(to_tensor(row[None]))
+            buffer.add(torch.as_tensor(row[None], dtype=torch.float32, device=device))
             obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
             bar.update()
             if over:
@@ -703,9 +702,8 @@ def train(args: Args) -> dict:
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
-            check_finite(step, **metrics)
             if step % 1000 == 0:
-                check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])
+                check_finite(step, **metrics)
                 metrics["real_reward"] = buffer.unpack(rows[:, :real]).reward.mean()
                 metrics["synthetic_reward"] = buffer.unpack(rows[:, real:]).reward.mean()
                 for name, value in metrics.items():
@@ -724,6 +722,7 @@ def train(args: Args) -> dict:
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
+            check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])
             checkpointed, seconds = step, time.perf_counter() - began
             state = {"settings": settings, "generator": draw["generator"].get_state()}
             state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}

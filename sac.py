@@ -3,10 +3,9 @@
 # dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.1", "mujoco==3.17.0", "tyro>=0.9",
 #   "dm_control==1.0.50", "shimmy>=2.0", "numpy>=1.26", "tensorboard>=2.18", "tqdm>=4.66"]
 # ///
-"""Soft Actor-Critic (SAC), the model-free base of the four scripts.
+"""Soft Actor-Critic (SAC), the model-free base of the four, arXiv 1812.05905 (Haarnoja 2018).
 
-Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905. A policy
-pi(a | s) maximizes the discounted return plus the entropy bonus alpha H(pi(. | s)):
+A policy pi(a | s) maximizes the discounted return plus the entropy bonus alpha H(pi(. | s)):
 
     y = r + gamma (1 - terminated) [min_i Q'_i(s', a') - alpha log pi(a' | s')],   a' ~ pi(. | s')
     critics       J(Q) = sum_i E[(Q_i(s, a) - y)^2]                                        (eq. 5)
@@ -38,7 +37,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call, grad_and_value, stack_module_state
 from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -189,32 +188,33 @@ def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
     layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
-        nn.init.orthogonal_(layer.weight, math.sqrt(2))
-        nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(layer.weight, math.sqrt(2)), nn.init.zeros_(layer.bias)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
-class Critic(nn.ModuleList):
-    """Twin action values [2, ...] of s [..., S] and a [..., A]."""
+class Critic(nn.Module):
+    """Twin action values [2, B] of s [B, S] and a [B, A], from two networks in one."""
 
     def __init__(self, obs_dim: int, action_dim: int):
-        super().__init__(mlp(obs_dim + action_dim, 1) for _ in range(2))
+        super().__init__()
+        pairs = [*stack_module_state([mlp(obs_dim + action_dim, 1) for _ in range(2)])[0].values()]
+        self.weights = nn.ParameterList(w.mT.contiguous() for w in pairs[::2])  # [2, in, out] each
+        self.biases = nn.ParameterList(b[:, None] for b in pairs[1::2])  # [2, 1, out] each
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], -1)
-        return torch.stack([q(x).squeeze(-1) for q in self])
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = (F.relu(x) if i else x) @ weight + bias
+        return x.squeeze(-1)
 
 
 def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a = tanh(u), u = mean + std noise [..., A], and log pi(a | s) [...] (SAC, eq. 26).
-
-    log pi(a | s) = log N(u) - sum log(1 - tanh(u)^2), the latter 2 (log 2 - u - softplus(-2u)).
-    """
+    """a = tanh(u), u = mean + std noise [..., A], and log pi(a | s) [...] (SAC, eq. 26)."""
     mean, log_std = functional_call(nets["actor"], params, (obs,)).chunk(2, -1)
     log_std = -10 + 6 * (1 + torch.tanh(log_std))  # in [-10, 2] (S)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-    log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    log_jacobian = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
     return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
 
 
@@ -294,7 +294,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
     action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
     value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonuses yet
-    value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1], action[-1])).amin(0))
+    value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1:], action[-1:])).amin())
     bias = critic((episode.obs, episode.action)).amin(0)  # [T]
     for t in reversed(range(len(bias))):
         soft_return = episode.reward[t] + gamma * value[t + 1]  # G_t
@@ -313,6 +313,7 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = sample_action(nets, actor, x, noise=0.0)[0].cpu().numpy()
+            check_finite(step, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
@@ -382,17 +383,15 @@ def train(args: Args) -> dict:
         print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
         args = replace(args, compile=False)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
-    graph = partial(jit, mode="reduce-overhead")  # replayed as a CUDA graph, where there is a GPU
     torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
     probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
     if (probe @ probe).amin() < 256.1:
         torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
-    to_tensor = partial(torch.as_tensor, dtype=torch.float32, device=device)
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
-    update = graph(partial(in_place, sac_update, nets=nets, args=args))
+    update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
@@ -419,13 +418,14 @@ def train(args: Args) -> dict:
             if step <= args.learning_starts:
                 action = 2 * torch.rand(dims[1], **draw) - 1
             else:
-                x, noise = to_tensor(obs), torch.randn(dims[1], **draw)
-                action, _ = sample_action(nets, agent["actor"]["params"], x, noise)
-            action = action.cpu().numpy()
+                x, noise = torch.as_tensor(obs, dtype=torch.float32), torch.randn(dims[1], **draw)
+                action, _ = sample_action(nets, agent["actor"]["params"], x.to(device), noise)
+            action = action.cpu().numpy()  # the one wait for the device
+            check_finite(step, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
             row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
-            buffer.add(to_tensor(row[None]))
+            buffer.add(torch.as_tensor(row[None], dtype=torch.float32, device=device))
             obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
             bar.update()
             if over:
@@ -437,9 +437,8 @@ def train(args: Args) -> dict:
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
-            check_finite(step, **metrics)
             if step % 1000 == 0:
-                check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])
+                check_finite(step, **metrics)
                 for name, value in metrics.items():
                     writer.add_scalar(f"sac/{name}", value, step)
 
@@ -456,6 +455,7 @@ def train(args: Args) -> dict:
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
+            check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])
             checkpointed, seconds = step, time.perf_counter() - began
             state = {"settings": settings, "generator": draw["generator"].get_state()}
             state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}

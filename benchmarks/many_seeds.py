@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import UserDict, deque
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -50,20 +50,13 @@ class Stopped(Exception):
     """Ends a run that something else has stopped."""
 
 
-class Call(UserDict):
-    """A run's call of an update function; to look into what it returns is to wait for it."""
+class Call:
+    """A run's call of an update function, to be made together with those of the others."""
 
-    def __init__(self, slot: int, function: Callable, args: tuple, wait: Callable):
-        self.slot, self.function, self.args, self.wait = slot, function, args, wait
+    def __init__(self, slot: int, function: Callable, args: tuple):
+        self.slot, self.function, self.args = slot, function, args
         self.name = function.func.__name__
-        self.result = self.own = None  # of all N runs, in tensors [N, ...], and of this one
-
-    @property
-    def data(self):
-        if self.own is None:
-            self.wait(self)
-            self.own = tree_map(lambda x: x[self.slot], self.result)
-        return self.own
+        self.result = None  # of all N runs, in tensors [N, ...], once it is made
 
 
 class ManySeeds:
@@ -82,6 +75,7 @@ class ManySeeds:
         self.runs, self.conductor = threading.Condition(lock), threading.Condition(lock)
         self.calls = [deque() for _ in seeds]  # each run's calls, yet to be made
         self.awaited = dict.fromkeys(self.slots)  # the call that each live run waits for
+        self.updates = [0] * len(seeds)  # calls of sac_update
         self.functions, self.arguments = {}, {}  # what is called by name, and was with what
         self.stacks, self.adopted, self.homes = {}, {}, {}  # see `adopt`
         self.live = cache(
@@ -174,19 +168,20 @@ class ManySeeds:
         return SimpleNamespace(update=update, set_postfix_str=show, close=lambda: None)
 
     def call(self, function: Callable, *args, **fixed):
-        """Stands in for an update: takes the call down, to be made with the others'."""
+        """Stands in for an update: takes the call down, and after the last of a step waits."""
         slot = self.names.index(self.name())
-        self.calls[slot].append(call := Call(slot, partial(function, **fixed), args, self.wait))
-        return call if function.__name__ == "sac_update" else call.data  # metrics are looked into
-
-    def wait(self, call: Call) -> None:
-        """Lets others run until the call is made."""
+        self.calls[slot].append(call := Call(slot, partial(function, **fixed), args))
+        if call.name == "sac_update":
+            self.updates[slot] += 1
+            if self.updates[slot] % self.args.updates_per_step:
+                return None  # nobody looks into its metrics
         if call.result is None:
-            self.awaited[call.slot] = call
+            self.awaited[slot] = call
             self.conductor.notify()
             self.runs.wait_for(lambda: self.stop or call.result is not None)
         if self.stop:
             raise Stopped
+        return tree_map(lambda x: x[slot], call.result)
 
     def blocked(self) -> bool:
         """Whether each live run waits for a call that is yet to be made."""

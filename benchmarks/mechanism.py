@@ -51,6 +51,7 @@ import pandas as pd
 import torch
 import tyro
 from torch import Tensor
+from torch.func import functional_call
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,7 +220,7 @@ def gradient_share(net: mbrl.Ensemble, params: dict, inputs: Tensor, targets: Te
     hidden = {name: p for name, p in params.items() if name.endswith(("0", "1", "2", "3"))}
 
     def term(hidden: dict, dims: slice) -> Tensor:
-        mean, log_var = mbrl.predict(net, params | hidden, inputs)
+        mean, log_var = functional_call(net, params | hidden, (inputs,))
         loss = (mean - targets) ** 2 * torch.exp(-log_var) + log_var
         return loss.mean((0, 1))[dims].sum()
 
@@ -234,7 +235,7 @@ def measure(net: mbrl.Ensemble, params: dict, held: Problem, unit: tuple) -> dic
     The spread of states is the median of their dimensions. The reward's share of the loss is that
     in the sum of E[(mu - y)_i^2 / sigma_i^2] over all dimensions i.
     """
-    mean, log_var = (out[0] for out in mbrl.predict(net, params, held.inputs))  # [H, S + 1]
+    mean, log_var = (out[0] for out in functional_call(net, params, (held.inputs,)))  # [H, S + 1]
     predicted = held.base + held.scaler[0] + held.scaler[1] * mean.double()
     error = ((predicted - held.y) ** 2).mean(0)  # [S + 1]
     noise = (held.scaler[1] ** 2 * log_var.double().exp()).mean(0)
