@@ -116,6 +116,7 @@ def check_args(args: Args) -> None:
         ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off: pip install moviepy"),
         ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
+        ("rollouts_per_step", lambda x: x % args.num_elites == 0, "a multiple of --num-elites"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
         ("learning_starts", lambda x: x * args.holdout_ratio >= 1, "enough for a holdout"),
         ("real_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -239,7 +240,7 @@ class ReplayBuffer:
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
         """Rows [*shape, 2S + A + 2], drawn uniformly with replacement."""
-        return self.rows[torch.randint(len(self), shape, **draw)]
+        return F.embedding(torch.randint(len(self), shape, **draw), self.rows)  # rows by index
 
     def unpack(self, rows: Tensor) -> Batch:
         """The parts of rows [..., 2S + A + 2]."""
@@ -381,7 +382,7 @@ def fit_ensemble(learner: dict, data: Batch, update, net: Ensemble, args, draw: 
         shuffled = torch.stack([x[torch.randperm(len(x), **draw)] for x in bootstrap])  # [E, N]
         for first in range(0, len(train), batch):  # the last batch is filled up from the front
             index = shuffled[:, torch.arange(first, first + batch) % len(train)]  # [E, 256]
-            loss = update(learner, inputs[index], targets[index])
+            loss = update(learner, F.embedding(index, inputs), F.embedding(index, targets))
             if (updates := updates + 1) >= limit:
                 break
         error = torch.zeros(args.ensemble_size, device=targets.device)
@@ -426,17 +427,17 @@ def rollout_horizon(step: int, schedule: tuple[int, int, int, int]) -> int:
     return low + (min(max(step, start), end) - start) * (high - low) // max(end - start, 1)
 
 
-def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, nets, args) -> tuple:
+def model_step(model: dict, actor: dict, obs: Tensor, dealt: Tensor, noise, nets, args) -> tuple:
     """a [B, A], s' [B, S] and r [B] after s [B, S], all sampled: a pure function.
 
-    Branch b follows elite `choice[b]`; noise is that of the action [B, A], the model's [B, S + 1].
+    Elite k predicts for branches dealt[k], of [K, B / K] in all; noise is [B, A] and [B, S + 1].
     """
     action, _ = sample_action(nets, actor, obs, noise[0])
     inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
     elites = members(model["learner"]["params"], model["elites"])
-    mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1] of K
-    branch = torch.arange(len(obs), device=obs.device)
-    prediction = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
+    mean, log_var = functional_call(nets["ensemble"], elites, (inputs[dealt],))  # [K, B / K, S + 1]
+    prediction = torch.empty_like(noise[1])
+    prediction[dealt] = mean + (log_var / 2).exp() * noise[1][dealt]
     if args.normalize_targets:
         mean, std = model["scaler"]["targets"]
         prediction = mean + std * prediction
@@ -444,13 +445,13 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
 
 
 def rollout(model, actor, starts: Batch, horizon: int, step, terminates, draw: dict) -> Tensor:
-    """Rows of up to `horizon` steps from each of B states; every step draws its elite and noise."""
+    """Rows of up to `horizon` steps from each of B states; every step deals them to the elites."""
     rows, kept, obs, alive = [], [], starts.obs, torch.ones_like(starts.reward, dtype=torch.bool)
     for _ in range(horizon):
-        choice = torch.randint(len(model["elites"]), alive.shape, **draw)
+        dealt = torch.randperm(len(obs), **draw).view(len(model["elites"]), -1)
         model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
         noise = (torch.randn(starts.action.shape, **draw), model_noise)
-        action, next_obs, reward = step(model, actor, obs, choice, noise)
+        action, next_obs, reward = step(model, actor, obs, dealt, noise)
         terminated = terminates(obs, action, next_obs)
         parts = [obs, action, reward[:, None], next_obs, terminated[:, None]]
         rows.append(torch.cat(parts, -1))

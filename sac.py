@@ -176,7 +176,7 @@ class ReplayBuffer:
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
         """Rows [*shape, 2S + A + 2], drawn uniformly with replacement."""
-        return self.rows[torch.randint(len(self), shape, **draw)]
+        return F.embedding(torch.randint(len(self), shape, **draw), self.rows)  # rows by index
 
     def unpack(self, rows: Tensor) -> Batch:
         """The parts of rows [..., 2S + A + 2]."""
