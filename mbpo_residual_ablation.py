@@ -116,7 +116,6 @@ def check_args(args: Args) -> None:
         ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off: pip install moviepy"),
         ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
-        ("rollouts_per_step", lambda x: x % args.num_elites == 0, "a multiple of --num-elites"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
         ("learning_starts", lambda x: x * args.holdout_ratio >= 1, "enough for a holdout"),
         ("real_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -427,17 +426,17 @@ def rollout_horizon(step: int, schedule: tuple[int, int, int, int]) -> int:
     return low + (min(max(step, start), end) - start) * (high - low) // max(end - start, 1)
 
 
-def model_step(model: dict, actor: dict, obs: Tensor, dealt: Tensor, noise, nets, args) -> tuple:
+def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, nets, args) -> tuple:
     """a [B, A], s' [B, S] and r [B] after s [B, S], all sampled: a pure function.
 
-    Elite k predicts for branches dealt[k], of [K, B / K] in all; noise is [B, A] and [B, S + 1].
+    Branch b follows elite `choice[b]`; noise is that of the action [B, A], the model's [B, S + 1].
     """
     action, _ = sample_action(nets, actor, obs, noise[0])
     inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
     elites = members(model["learner"]["params"], model["elites"])
-    mean, log_var = functional_call(nets["ensemble"], elites, (inputs[dealt],))  # [K, B / K, S + 1]
-    prediction = torch.empty_like(noise[1])
-    prediction[dealt] = mean + (log_var / 2).exp() * noise[1][dealt]
+    mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1] of K
+    branch = torch.arange(len(obs), device=obs.device)
+    prediction = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
     if args.normalize_targets:
         mean, std = model["scaler"]["targets"]
         prediction = mean + std * prediction
@@ -445,13 +444,13 @@ def model_step(model: dict, actor: dict, obs: Tensor, dealt: Tensor, noise, nets
 
 
 def rollout(model, actor, starts: Batch, horizon: int, step, terminates, draw: dict) -> Tensor:
-    """Rows of up to `horizon` steps from each of B states; every step deals them to the elites."""
+    """Rows of up to `horizon` steps from each of B states; every step draws its elite and noise."""
     rows, kept, obs, alive = [], [], starts.obs, torch.ones_like(starts.reward, dtype=torch.bool)
     for _ in range(horizon):
-        dealt = torch.randperm(len(obs), **draw).view(len(model["elites"]), -1)
+        choice = torch.randint(len(model["elites"]), alive.shape, **draw)
         model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
         noise = (torch.randn(starts.action.shape, **draw), model_noise)
-        action, next_obs, reward = step(model, actor, obs, dealt, noise)
+        action, next_obs, reward = step(model, actor, obs, choice, noise)
         terminated = terminates(obs, action, next_obs)
         parts = [obs, action, reward[:, None], next_obs, terminated[:, None]]
         rows.append(torch.cat(parts, -1))
@@ -563,7 +562,6 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = sample_action(nets, actor, x, noise=0.0)[0].cpu().numpy()
-            check_finite(step, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
@@ -671,7 +669,7 @@ def train(args: Args) -> dict:
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, episode_trigger=trigger)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
     bar = tqdm(total=args.total_timesteps, initial=start, unit="step", disable=None)
-    began, checkpointed, over = time.perf_counter() - seconds, start, True
+    began, checkpointed, over, metrics = time.perf_counter() - seconds, start, True, {}
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
         if step > 0:
@@ -684,7 +682,7 @@ def train(args: Args) -> dict:
                 x, noise = torch.as_tensor(obs, dtype=torch.float32), torch.randn(dims[1], **draw)
                 action, _ = sample_action(nets, agent["actor"]["params"], x.to(device), noise)
             action = action.cpu().numpy()  # the one wait for the device
-            check_finite(step, action=action)
+            check_finite(step, **metrics, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
             check_termination(terminates, args, step, obs, action, next_obs, terminated)
@@ -716,13 +714,13 @@ def train(args: Args) -> dict:
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
             if step % 1000 == 0:
-                check_finite(step, **metrics)
-                metrics["real_reward"] = buffer.unpack(rows[:, :real]).reward.mean()
-                metrics["synthetic_reward"] = buffer.unpack(rows[:, real:]).reward.mean()
+                for name, part in {"real": rows[:, :real], "synthetic": rows[:, real:]}.items():
+                    writer.add_scalar(f"sac/{name}_reward", buffer.unpack(part).reward.mean(), step)
                 for name, value in metrics.items():
                     writer.add_scalar(f"sac/{name}", value, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
+            check_finite(step, **metrics, **agent["actor"]["params"])
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
             seconds = time.perf_counter() - began
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]

@@ -313,7 +313,6 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
         while not over:
             x = torch.as_tensor(obs, dtype=torch.float32, device=device)
             action = sample_action(nets, actor, x, noise=0.0)[0].cpu().numpy()
-            check_finite(step, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             rows.append(np.concatenate([obs, action, [reward], next_obs, [terminated]]))
             obs, over = next_obs, terminated or truncated
@@ -408,7 +407,7 @@ def train(args: Args) -> dict:
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, episode_trigger=trigger)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
     bar = tqdm(total=args.total_timesteps, initial=start, unit="step", disable=None)
-    began, checkpointed, over = time.perf_counter() - seconds, start, True
+    began, checkpointed, over, metrics = time.perf_counter() - seconds, start, True, {}
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
         if step > 0:
@@ -421,7 +420,7 @@ def train(args: Args) -> dict:
                 x, noise = torch.as_tensor(obs, dtype=torch.float32), torch.randn(dims[1], **draw)
                 action, _ = sample_action(nets, agent["actor"]["params"], x.to(device), noise)
             action = action.cpu().numpy()  # the one wait for the device
-            check_finite(step, action=action)
+            check_finite(step, **metrics, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
             row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
@@ -438,11 +437,11 @@ def train(args: Args) -> dict:
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
             if step % 1000 == 0:
-                check_finite(step, **metrics)
                 for name, value in metrics.items():
                     writer.add_scalar(f"sac/{name}", value, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
+            check_finite(step, **metrics, **agent["actor"]["params"])
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
             seconds = time.perf_counter() - began
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]

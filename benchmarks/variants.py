@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
@@ -25,8 +25,11 @@ sys.path.insert(0, str(ROOT))
 import mbpo_ftfl as script  # noqa: E402
 
 S, A, B, GRAPH = 24, 6, 256, 4  # walker-run's sizes, the batch; updates in a longer graph
+SHIPPED, DEFAULT = "as shipped", "products by torch's default"
+UNMARKED, UNGUARDED = "addresses not marked as fixed", "guards of the graphs not evaluated"
 torch._dynamo.config.recompile_limit = 64  # as all variants share in_place
-jit = partial(torch.compile, fullgraph=True, dynamic=False)
+own = {"isolate_recompiles": True} if torch.__version__ >= "2.13" else {}  # graphs of each alone
+jit = partial(torch.compile, fullgraph=True, dynamic=False, **own)
 graph = partial(jit, mode="reduce-overhead")
 
 
@@ -53,13 +56,25 @@ def several(function, state, *inputs):
     return state, metrics
 
 
+class SeparateCritics(nn.ModuleList):
+    """The twin critics as two networks, one after the other."""
+
+    def __init__(self):
+        super().__init__(script.mlp(S + A, 1) for _ in range(2))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([obs, action], -1)
+        return torch.stack([q(x).squeeze(-1) for q in self])
+
+
 def variants(function) -> dict:
     """Name of a variant: its update of (state, *inputs) in place, and the updates in a call."""
     in_place = partial(partial, script.in_place)
     return {
-        "as shipped": (graph(in_place(function)), 1),
-        "products by torch's default": (graph(in_place(function)), 1),
-        "addresses not marked as fixed": (graph(in_place(function)), 1),
+        SHIPPED: (graph(in_place(function)), 1),
+        DEFAULT: (graph(in_place(function)), 1),
+        UNMARKED: (graph(in_place(function)), 1),
+        UNGUARDED: (graph(in_place(function)), 1),
         "new state beside the old": (partial(beside, jit(function)), 1),
         "inductor's C++ wrapper": (jit(in_place(function), options={"cpp_wrapper": True}), 1),
         f"{GRAPH} updates in one graph": (graph(in_place(partial(several, function))), GRAPH),
@@ -67,35 +82,40 @@ def variants(function) -> dict:
     }
 
 
-def setups(device: torch.device) -> dict:
-    """Kind of update: pure function, state and inputs."""
+def turns_of(device: torch.device) -> dict:
+    """By kind and variant: update in place, state, inputs, updates in a call."""
     torch.manual_seed(0)
-    args, on = script.Args(), {"device": device}
+    args, on, turns = script.Args(), {"device": device}, {}
     nets = {"actor": script.mlp(S, 2 * A), "critic": script.Critic(S, A)}
     net = script.Ensemble(args.ensemble_size, S + A, S + 1, args.model_hidden)
     rows = script.ReplayBuffer(B, S, A, device)
     batch = rows.unpack(torch.randn(B, 2 * S + A + 2, **on).clamp(-1, 1))
-    xy = [torch.randn(args.ensemble_size, B, n, **on) for n in (S + A, S + 1)]
+    inputs = {"SAC": [batch, torch.randn(2, B, A, **on)]}
+    inputs["model"] = [torch.randn(args.ensemble_size, B, n, **on) for n in (S + A, S + 1)]
     sac = partial(script.sac_update, nets=nets, args=args)
     model = partial(script.model_update, net=net, args=args)
-    return {
-        "SAC": (sac, script.sac_init(nets, 1.0, device), [batch, torch.randn(2, B, A, **on)]),
-        "model": (model, script.adam_init(net, device), xy),
-    }
+    states = {"SAC": script.sac_init(nets, 1.0, device), "model": script.adam_init(net, device)}
+    for kind, function in {"SAC": sac, "model": model}.items():
+        for name, (update, updates) in variants(function).items():
+            state = tree_map(torch.clone, states[kind])
+            turns[kind, name] = update, state, inputs[kind], updates
+    nets = nets | {"critic": SeparateCritics()}
+    update = graph(partial(script.in_place, script.sac_update, nets=nets, args=args))
+    agent = script.sac_init(nets, 1.0, device)
+    return turns | {("SAC", "critics one after the other"): (update, agent, inputs["SAC"], 1)}
 
 
 def measure(options: Options) -> pd.DataFrame:
     """Updates per second of each kind and variant, a row for each round."""
-    turns, rows, device = {}, [], torch.device(options.device)
-    for kind, (function, state, inputs) in setups(device).items():
-        for name, (update, updates) in variants(function).items():
-            turns[kind, name] = update, tree_map(torch.clone, state), inputs, updates
-            if name != "addresses not marked as fixed":
-                tree_map(torch._dynamo.mark_static_address, turns[kind, name][1])
+    device, rows = torch.device(options.device), []
+    turns = turns_of(device)
+    for (_, name), (_, state, *_) in turns.items():
+        if name != UNMARKED:
+            tree_map(torch._dynamo.mark_static_address, state)
     for number in tqdm(range(options.rounds + 1), unit="round"):  # in round 0 all is compiled
         for (kind, name), (update, state, inputs, updates) in turns.items():
-            default = name == "products by torch's default"
-            torch.set_float32_matmul_precision("highest" if default else "medium")
+            torch.set_float32_matmul_precision("highest" if name == DEFAULT else "medium")
+            torch.compiler.set_stance(skip_guard_eval_unsafe=name == UNGUARDED and number > 0)
             count, began = 0, time.perf_counter()
             while count < 3 or (number and time.perf_counter() - began < options.seconds):
                 update(state, *inputs)
@@ -116,7 +136,7 @@ def main() -> None:
     lines = ["| update | variant | per second | over the one shipped | range |"]
     lines.append("|---|---|---:|---:|---:|")
     for kind, name in wide:
-        ratio = wide[kind, name] / wide[kind, "as shipped"]
+        ratio = wide[kind, name] / wide[kind, SHIPPED]
         cells = f"{wide[kind, name].median():.0f} | {ratio.median():.2f}"
         lines.append(f"| {kind} | {name} | {cells} | {ratio.min():.2f} to {ratio.max():.2f} |")
     options.out.mkdir(parents=True, exist_ok=True)

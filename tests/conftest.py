@@ -13,6 +13,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The tests that take minutes go first, so that no process is left alone with them."""
+    items.sort(key=lambda item: item.path.stem != "test_learning")
+
+
 @pytest.fixture
 def run():
     """Runs a script as a child to its end; returns its exit code, stdout and stderr."""

@@ -123,8 +123,10 @@ def test_steps_from_the_parts_of_mbrl_lib():
     rows[0]["who"] = "ours"
     run = {"round": 1, "kind": "steps", "task": "mbpo_ftfl.py", "who": "ours", "count": 100}
     run |= {"seconds": 20, "sac_updates": 2000, "sac_seconds": 9, "model_updates": 1000}
-    start = run | {"round": 0, "count": 0, "sac_seconds": 1, "model_seconds": 1}
-    frame = throughput.complete(pd.DataFrame([start, *rows, run | {"model_seconds": 6}]))
+    start = run | {"round": 0, "count": 0, "sac_seconds": 1, "model_seconds": 1, "fit_seconds": 1}
+    frame = throughput.complete(
+        pd.DataFrame([start, *rows, run | {"model_seconds": 6, "fit_seconds": 9}])
+    )
     per_step = 1 / 1000 + 20 / 100 + 10 / 50 + 400 / 40_000
     found = throughput.rates(frame, "steps", "mbpo_ftfl.py", throughput.PARTS)
     assert found.to_dict() == pytest.approx({1: 1 / per_step})
@@ -132,6 +134,8 @@ def test_steps_from_the_parts_of_mbrl_lib():
     assert line(text, throughput.PARTS)[5] == f"{5 * per_step:.3g}"
     share = line(text, "time of a step besides SAC and model updates")
     assert share[2:] == ["25 %", "25 % to 25 %"]
+    share = line(text, "time of a step besides SAC updates and fits")
+    assert share[2:] == ["10 %", "10 % to 10 %"]
 
 
 @pytest.fixture
@@ -223,8 +227,8 @@ def test_functions_of_a_run_are_seen(monkeypatch):
         run.train(on_step, env_id="InvertedPendulum-v5", batch_size=16, **small)
     assert steps == list(range(1, 32))
     counts = {name: len(spans) for name, spans in run.spans.items()}
-    assert counts == {"model_update": 3, "model_step": 1, "sac_update": 2}
-    assert all(run.seconds(name) >= run.first[name][2] > 0 for name in counts)
+    assert counts == {"model_update": 3, "model_step": 1, "sac_update": 2, "fit": 1}
+    assert all(run.seconds(name) >= run.first[name][2] > 0 for name in counts.keys() - {"fit"})
     update, (agent, batch, noise), _ = run.first["sac_update"]
     before = agent["actor"]["t"].clone()
     update(agent, batch, noise)
@@ -250,6 +254,7 @@ def test_steps_of_a_whole_run(monkeypatch):
     assert [answer["model_updates"] for answer in answers] == [3, 3, 3]
     for answer in answers:
         assert 0 < answer["sac_seconds"] + answer["model_seconds"] < answer["seconds"]
+        assert answer["model_seconds"] < answer["fit_seconds"] < answer["seconds"]
 
 
 @pytest.mark.parametrize(

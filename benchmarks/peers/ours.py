@@ -48,7 +48,8 @@ class Run:
         known = {field.name for field in fields(self.own.Args)}
         settings |= {"device": self.device, "eval_frequency": 0, "checkpoint_frequency": 0}
         settings = {key: value for key, value in settings.items() if key in known}
-        make_env, rollout, count = self.own.make_env, getattr(self.own, "rollout", None), 0
+        make_env, count = self.own.make_env, 0
+        rollout, fit = (getattr(self.own, name, None) for name in ("rollout", "fit_ensemble"))
 
         def watched_env(*args):
             env = make_env(*args)
@@ -67,7 +68,15 @@ class Run:
             self.first.setdefault("rollout", (rollout, args, 0.0))
             return rollout(*args)
 
-        watched = {"make_env": watched_env} | ({"rollout": watched_rollout} if rollout else {})
+        def watched_fit(*args):
+            before = self.stamp()
+            result = fit(*args)
+            self.spans["fit"].append((before, self.stamp()))
+            return result
+
+        watched = {"make_env": watched_env}
+        if rollout:
+            watched |= {"rollout": watched_rollout, "fit_ensemble": watched_fit}
         with mock.patch.multiple(self.own, **watched), mock.patch("torch.compile", self.watch):
             with tempfile.TemporaryDirectory() as folder:
                 self.own.train(self.own.Args(**settings, run_root=folder))
@@ -273,6 +282,7 @@ def serve_steps(task: dict) -> None:
         for kind in ("sac", "model"):
             name = f"{kind}_update"
             facts |= {f"{name}s": len(run.spans[name]), f"{kind}_seconds": run.seconds(name)}
+        facts["fit_seconds"] = run.seconds("fit")
         answer(version=torch.__version__, **facts)
         request = next(requests, None) or sys.exit()
         run.spans.clear()
