@@ -5,7 +5,7 @@ run of its seed writes, up to rounding: products of stacked matrices are summed 
 Single runs can be taken up here with --resume, and the other way round. The column of seconds in
 eval.csv is the time of all.
 
-On a CPU there is nothing to win: an update keeps it busy with one seed already, so start single
+On a CPU there is little to win: an update keeps it busy with one seed already, so start single
 runs side by side. On a GPU one run leaves most of it idle; --measure tells how much. Environments
 are stepped one after the other, in this process: beside its 20 updates a step takes little time, so
 worker processes, which must be sent to and waited for, would not pay.

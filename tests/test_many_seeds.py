@@ -42,7 +42,7 @@ FITS |= {"model_lr": 0.005, "rollout_schedule": (45, 55, 1, 3)}
 # 1e-7 of it. Twenty updates later most weights still agree to 1e-6; but where a gradient is all but
 # zero, Adam makes a whole step, 3e-4, of its last bits, so a few may differ by more. Of one update
 # with a wrong batch nearly all weights would tell.
-CLOSE, SHARE = 1e-5, 0.99
+CLOSE, SHARE = 1e-5, 0.95
 
 
 def settings(script: str, root, **changes) -> dict:
