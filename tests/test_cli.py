@@ -24,6 +24,7 @@ from helpers_run import (
     same,
     small,
 )
+from torch.utils._pytree import tree_leaves
 
 import mbpo
 import sac
@@ -398,6 +399,35 @@ def test_compile_asks_torch_to_compile(script, tmp_path, monkeypatch):
         script.train(script.Args(**settings))
         assert [disable for disable, _ in asked] == [not on] * graphs
         assert all(options["fullgraph"] for _, options in asked[1:])
+
+
+@every_script
+def test_captured_updates_find_their_state_where_it_was(script, tmp_path, monkeypatch):
+    """What a GPU replays as a CUDA graph gets its state in the same, marked memory at every call.
+
+    That holds after a fit, after an evaluation, and in a run that is taken up again.
+    """
+    places = {}
+
+    def compiler(function, disable, mode=None, **options):
+        def call(state, *inputs):
+            tensors = tree_leaves(state)
+            assert all(hasattr(x, "_dynamo_static_input_type") for x in tensors)
+            name = function.args[0].__name__
+            places.setdefault(name, []).append([x.data_ptr() for x in tensors])
+            return function(state, *inputs)
+
+        return call if mode == "reduce-overhead" else function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    settings = small(script.__name__, run_root=str(tmp_path)) | {"checkpoint_frequency": 10}
+    settings |= {} if script is sac else {"model_train_frequency": 20}
+    for resume, steps in ((False, 80), (True, 100)):
+        places.clear()
+        script.train(script.Args(**settings | {"resume": resume, "total_timesteps": steps}))
+        assert places.keys() == {"sac_update", "model_update"} - {script is sac and "model_update"}
+        assert all(all(one == calls[0] for one in calls) for calls in places.values())
+        assert len(places["sac_update"]) > 5
 
 
 @every_script
