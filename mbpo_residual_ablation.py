@@ -379,8 +379,8 @@ def fit_ensemble(learner: dict, data: Batch, update, net: Ensemble, args, draw: 
     batch = 256  # J
     while stale < args.model_patience and updates < limit:
         shuffled = torch.stack([x[torch.randperm(len(x), **draw)] for x in bootstrap])  # [E, N]
-        for first in range(0, len(train), batch):  # the last batch is filled up from the front
-            index = shuffled[:, torch.arange(first, first + batch) % len(train)]  # [E, 256]
+        filled = torch.arange(-(-len(train) // batch) * batch, device=train.device) % len(train)
+        for index in shuffled[:, filled].split(batch, 1):  # the last is filled up from the front
             loss = update(learner, F.embedding(index, inputs), F.embedding(index, targets))
             if (updates := updates + 1) >= limit:
                 break
@@ -679,15 +679,16 @@ def train(args: Args) -> dict:
             if step <= args.learning_starts:
                 action = 2 * torch.rand(dims[1], **draw) - 1
             else:
-                x, noise = torch.as_tensor(obs, dtype=torch.float32), torch.randn(dims[1], **draw)
-                action, _ = sample_action(nets, agent["actor"]["params"], x.to(device), noise)
-            action = action.cpu().numpy()  # the one wait for the device
+                x = torch.as_tensor(obs, dtype=torch.float32).to(device, non_blocking=True)
+                noise = torch.randn(dims[1], **draw)
+                action, _ = sample_action(nets, agent["actor"]["params"], x, noise)
+            action = action.cpu().numpy()  # waits for the device, until all updates are done
             check_finite(step, **metrics, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
             check_termination(terminates, args, step, obs, action, next_obs, terminated)
-            row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
-            buffer.add(torch.as_tensor(row[None], dtype=torch.float32, device=device))
+            row = np.concatenate([obs, action, [reward], next_obs, [terminated]])[None]
+            buffer.add(torch.as_tensor(row, dtype=torch.float32).to(device, non_blocking=True))
             obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
             bar.update()
             if over:
@@ -733,7 +734,7 @@ def train(args: Args) -> dict:
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
-            check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])
+            check_finite(step, **metrics, **agent["actor"]["params"], **agent["critic"]["params"])
             checkpointed, seconds = step, time.perf_counter() - began
             state = {"settings": settings, "generator": draw["generator"].get_state()}
             state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}

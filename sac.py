@@ -417,14 +417,15 @@ def train(args: Args) -> dict:
             if step <= args.learning_starts:
                 action = 2 * torch.rand(dims[1], **draw) - 1
             else:
-                x, noise = torch.as_tensor(obs, dtype=torch.float32), torch.randn(dims[1], **draw)
-                action, _ = sample_action(nets, agent["actor"]["params"], x.to(device), noise)
-            action = action.cpu().numpy()  # the one wait for the device
+                x = torch.as_tensor(obs, dtype=torch.float32).to(device, non_blocking=True)
+                noise = torch.randn(dims[1], **draw)
+                action, _ = sample_action(nets, agent["actor"]["params"], x, noise)
+            action = action.cpu().numpy()  # waits for the device, until all updates are done
             check_finite(step, **metrics, action=action)
             next_obs, reward, terminated, truncated, _ = env.step(action)
             check_finite(step, observation=next_obs, reward=reward)
-            row = np.concatenate([obs, action, [reward], next_obs, [terminated]])
-            buffer.add(torch.as_tensor(row[None], dtype=torch.float32, device=device))
+            row = np.concatenate([obs, action, [reward], next_obs, [terminated]])[None]
+            buffer.add(torch.as_tensor(row, dtype=torch.float32).to(device, non_blocking=True))
             obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
             bar.update()
             if over:
@@ -454,7 +455,7 @@ def train(args: Args) -> dict:
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
             writer.flush()
-            check_finite(step, **agent["actor"]["params"], **agent["critic"]["params"])
+            check_finite(step, **metrics, **agent["actor"]["params"], **agent["critic"]["params"])
             checkpointed, seconds = step, time.perf_counter() - began
             state = {"settings": settings, "generator": draw["generator"].get_state()}
             state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}

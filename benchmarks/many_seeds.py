@@ -5,10 +5,11 @@ run of its seed writes, up to rounding: products of stacked matrices are summed 
 Single runs can be taken up here with --resume, and the other way round. The column of seconds in
 eval.csv is the time of all.
 
-On a CPU there is little to win: an update keeps it busy with one seed already, so start single
-runs side by side. On a GPU one run leaves most of it idle; --measure tells how much. Environments
-are stepped one after the other, in this process: beside its 20 updates a step takes little time, so
-worker processes, which must be sent to and waited for, would not pay.
+On a CPU there is nothing to win: an update keeps it busy with one seed already, and what updates
+of many seeds gain, taking turns costs; start single runs side by side. On a GPU one run is expected
+to leave most of it idle; --measure tells how much. Environments are stepped one after the other, in
+this process: beside the 20 updates of the scripts with a model a step takes little time, so worker
+processes, which must be sent to and waited for, would not pay.
 """
 
 import argparse
@@ -264,8 +265,8 @@ def load(path: Path):
 def measure(path: Path, args, counts: list[int]) -> None:
     """Writes a table of updates and environment steps per second, each summed over N seeds.
 
-    Steps are those of short real runs, without fits and evaluations; updates are the calls that
-    these runs made, repeated with the last arguments.
+    Steps are those of short real runs, after the first fit and without evaluations; updates are the
+    calls that these runs made, repeated with the last arguments.
     """
     import pandas as pd  # here, because training does without
 
