@@ -130,6 +130,16 @@ def measure(options: Options) -> pd.DataFrame:
 def main() -> None:
     """Measures, prints and writes."""
     options = tyro.cli(Options, description=__doc__)
+    there = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    for name, holds, wanted in [
+        ("rounds", options.rounds >= 1, "at least 1"),
+        ("seconds", 0 < options.seconds < 3600, "above 0 and under 3600"),
+        ("threads", options.threads >= 1, "at least 1"),
+        ("device", options.device in there, f"one that is here ({', '.join(there)})"),
+    ]:
+        if not holds:
+            print(f"error: --{name} must be {wanted}", file=sys.stderr)
+            sys.exit(2)
     torch.set_num_threads(options.threads)
     frame = measure(options)
     wide = frame.pivot(index="round", columns=["kind", "variant"], values="rate")
