@@ -21,14 +21,17 @@ Defaults: MBPO is above, SAC arXiv 1812.05905, J github.com/jannerm/mbpo, S CLeA
 """
 
 import difflib
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, util
 from pathlib import Path
@@ -46,9 +49,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# --- Arguments ------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, or a Gymnasium id
+    env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, a Gymnasium id, or <module>:<id>
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (S)
     learning_starts: int = 10_000  # environment steps of uniform random actions, counted (S)
@@ -58,8 +62,10 @@ class Args:
     model_hidden: int = 200  # units in each of the four hidden layers (MBPO, table 1; J, S)
     model_lr: float = 1e-3  # Adam step size of the ensemble (J)
     model_train_frequency: int = 250  # environment steps between fits (J, S)
-    model_max_updates: int | None = 5_000  # gradient steps per fit at most (S), or None (J)
-    model_patience: int = 5  # epochs that no network improves by 1 % before a fit ends (J)
+    model_first_updates: int = 10_000  # gradient steps of the first fit (benchmarks/README.md)
+    model_updates: int = 500  # gradient steps of every later fit (S: 5,000)
+    model_patience: int | None = None
+    """epochs without an improvement by 1 % after which a fit ends, instead of the above (J: 5)"""
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
@@ -97,64 +103,82 @@ class InputError(ValueError):
 
 def check_args(args: Args) -> None:
     """Raises InputError for a value out of its range, and for what this machine lacks."""
+    here = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
+    precisions = ("highest", "high", "medium")
     counts = "total_timesteps learning_starts updates_per_step batch_size buffer_size eval_episodes"
-    counts += " ensemble_size model_hidden model_train_frequency model_patience rollouts_per_step"
-    there = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
-    for names, holds, wanted in [
+    counts += " ensemble_size model_hidden model_train_frequency model_first_updates model_updates"
+    counts += " rollouts_per_step"
+    rules = [  # names, what must hold, and how to say it
         (counts, lambda x: x >= 1, "at least 1"),
-        ("seed eval_frequency checkpoint_frequency", lambda x: 0 <= x < 2**63, "0 or more"),
+        ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
+        ("eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
         ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
         ("policy_lr q_lr alpha model_lr", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
-        ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
-        ("matmul_precision", {"highest", "high", "medium"}.__contains__, "highest, high or medium"),
-        ("track", lambda x: not x or util.find_spec("wandb"), "off: pip install wandb"),
-        ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off: pip install moviepy"),
-        ("model_max_updates", lambda x: x is None or x >= 1, "at least 1"),
+        ("device", lambda x: x in here, f"one that is here ({', '.join(here)})"),
+        ("matmul_precision", lambda x: x in precisions, f"one of {', '.join(precisions)}"),
+        ("total_timesteps", lambda x: x >= args.learning_starts, "at least --learning-starts"),
+        ("model_patience", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
-        ("learning_starts", lambda x: x * args.holdout_ratio >= 1, "enough for a holdout"),
-        ("real_ratio", lambda x: 0 <= x <= 1, "from 0 to 1"),
+        ("learning_starts buffer_size", lambda x: x * args.holdout_ratio >= 1, "more, to hold out"),
+        ("real_ratio", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        ("batch_size", lambda x: not 0 < args.real_ratio * x < 1, "enough for --real-ratio"),
         ("rollout_schedule", lambda x: 0 <= x[0] < x[1], "steps START < END"),
         ("rollout_schedule", lambda x: min(x[2:]) >= 1, "horizons FROM and TO of at least 1"),
-    ]:
+    ]
+    for names, holds, wanted in rules:
         for name in names.split():
-            if not holds(value := getattr(args, name)):
-                raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+            value = getattr(args, name)
+            with suppress(TypeError):  # of a value of another type, as seed="3" from Python
+                if holds(value):
+                    continue
+            raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
+    for name, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+        if getattr(args, name) and not util.find_spec(package):
+            raise InputError(f"--{name.replace('_', '-')} needs {package}: pip install {package}")
 
 
+# --- Environment ----------------------------------------------------------------------------------
 def make_env(env_id: str, render: bool = False) -> gym.Env:
     """The task with observations [S], actions in [-1, 1]^A; InputError if it can't be trained."""
-    name, box, kwargs = env_id, gym.spaces.Box, {"render_mode": "rgb_array"} if render else {}
+    module, _, name = env_id.rpartition(":")  # <module>:<id> names the module that registers it
+    kwargs = {"render_mode": "rgb_array"} if render else {}
     hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as in J
-    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
-    if env_id.startswith("dmc/"):
-        name, kwargs["render_kwargs"] = f"dm_control/{env_id[4:]}-v0", {"camera_id": 0}
+    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(name, "").split()}
+    if name.startswith("dmc/"):
+        name, kwargs["render_kwargs"] = f"dm_control/{name[4:]}-v0", {"camera_id": 0}
+    remedy = ""
     try:
-        import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
-        limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
-        env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-        if render:  # fails here where there is no renderer
-            env.reset(), env.render()
+        with warnings.catch_warnings(action="ignore"):  # libraries' words about libraries
+            import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
+            import_module(module or "gymnasium")
+            if name not in gym.registry:
+                suite = import_module("dm_control.suite").ALL_TASKS
+                known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in suite)]
+                near = difflib.get_close_matches(env_id, known) or ["dmc/walker-run"]
+                raise InputError(f"no such task; did you mean {' or '.join(near)}?")
+            limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
+            env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+            if isinstance(env.observation_space, gym.spaces.Dict):
+                env = gym.wrappers.FlattenObservation(env)
+            actions, states, box = env.action_space, env.observation_space, gym.spaces.Box
+            bounded = isinstance(actions, box) and (np.abs([actions.low, actions.high]) < 1e9).all()
+            if not bounded or not isinstance(states, box) or len(states.shape) != 1:
+                wanted = "actions must be a bounded Box and observations vectors"
+                raise InputError(f"{wanted}, not {actions} and {states}")
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+            remedy = "; reset and step must return 2 and 5 values, as Gymnasium's do"
+            _, _ = env.reset(seed=0)  # what is broken is better found now than in the run
+            _, _, _, _, _ = env.step(np.zeros(actions.shape, np.float32))
+            remedy = "; apt install libegl1, and set MUJOCO_GL=egl"
+            if render:
+                env.render()
     except Exception as error:  # of the registry, of the environment, of the renderer
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        if isinstance(error, gym.error.UnregisteredEnv):
-            tasks = import_module("dm_control.suite").ALL_TASKS
-            known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in tasks)]
-            near = difflib.get_close_matches(env_id, known) or ["dmc/walker-run"]
-            reason = f"no such task; did you mean {' or '.join(near)}?"
-        elif render:
-            reason = f"--capture-video: {reason}; apt install libegl1, and set MUJOCO_GL=egl"
-        raise InputError(f"--env-id {env_id}: {reason}") from None
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    actions, states = env.action_space, env.observation_space
-    bounded = isinstance(actions, box) and (np.abs([actions.low, actions.high]) < 1e9).all()
-    if not bounded or not isinstance(states, box) or len(states.shape) != 1:
-        wanted = "actions must be a bounded Box and observations vectors"
-        raise InputError(f"--env-id {env_id}: {wanted}, not {actions} and {states}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        raise InputError(f"--env-id {env_id}: {reason}{remedy}") from None
+    return env
 
 
 def derive_seed(*numbers: int) -> int:
@@ -182,10 +206,10 @@ HEALTHY = {  # by Gymnasium task: does it go on at s'? Of s [S, ...], a [A, ...]
 
 def termination_function(args: Args):
     """The task's function (s, a, s') [..., n] -> terminated [...]; InputError if it has none."""
-    task = args.env_id.split("-v")[0]
+    task = args.env_id.rpartition(":")[2].split("-v")[0]
     never = args.never_terminates or task.startswith("dmc/")  # the suite's tasks never do
     if not never and task not in HEALTHY:
-        remedy = "give --never-terminates, or add its condition to HEALTHY in this file"
+        remedy = f"give --never-terminates, or add {task}'s condition to HEALTHY in this file"
         raise InputError(f"--env-id {args.env_id}: unknown when it terminates: {remedy}")
     if never or HEALTHY[task] is None:
         return lambda s, a, s_next: torch.zeros_like(s_next[..., 0], dtype=torch.bool)
@@ -205,6 +229,7 @@ def check_termination(terminates, args: Args, step: int, obs, action, next_obs, 
         raise InputError(f"--env-id {args.env_id}: {fault}, at next state {next_obs.tolist()}")
 
 
+# --- Replay ---------------------------------------------------------------------------------------
 class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch shape
     obs: Tensor  # [..., S]
     action: Tensor  # [..., A], in [-1, 1]
@@ -214,14 +239,10 @@ class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch s
 
 
 class ReplayBuffer:
-    """Ring of the last `capacity` transitions, one row each; InputError if memory is too small."""
+    """Ring of the last `capacity` transitions, each a row [s, a, r, s', terminated]."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.parts = [obs_dim, action_dim, 1, obs_dim, 1]
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
-        if (size := 4 * capacity * sum(self.parts)) > memory:
-            raise InputError(f"the replay buffer needs {size >> 30} GiB, {memory >> 30} GiB exist")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -236,7 +257,8 @@ class ReplayBuffer:
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
         """Rows [*shape, 2S + A + 2], drawn uniformly with replacement."""
-        return F.embedding(torch.randint(len(self), shape, **draw), self.rows)  # rows by index
+        index = torch.randint(len(self), shape, **draw)
+        return F.embedding(index, self.rows)  # self.rows[index], which is slower on a CPU
 
     def unpack(self, rows: Tensor) -> Batch:
         """The parts of rows [..., 2S + A + 2]."""
@@ -244,11 +266,21 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
 
+def check_memory(transitions: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
+    """Raises InputError if buffers of so many transitions, taken together, don't fit in memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
+    if (size := 4 * transitions * (2 * obs_dim + action_dim + 2)) > memory:
+        raise InputError(f"the replay buffers need {size >> 30} GiB, {memory >> 30} GiB exist")
+
+
+# --- Networks -------------------------------------------------------------------------------------
 def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
     layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
-        nn.init.orthogonal_(layer.weight, math.sqrt(2)), nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
@@ -257,9 +289,10 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        pairs = [*stack_module_state([mlp(obs_dim + action_dim, 1) for _ in range(2)])[0].values()]
-        self.weights = nn.ParameterList(w.mT.contiguous() for w in pairs[::2])  # [2, in, out] each
-        self.biases = nn.ParameterList(b[:, None] for b in pairs[1::2])  # [2, 1, out] each
+        twins = [mlp(obs_dim + action_dim, 1) for _ in range(2)]
+        stacked = [*stack_module_state(twins)[0].values()]  # weight, bias, weight, bias, ...
+        self.weights = nn.ParameterList(w.mT.contiguous() for w in stacked[::2])  # [2, in, out]
+        self.biases = nn.ParameterList(b[:, None] for b in stacked[1::2])  # [2, 1, out]
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], -1)
@@ -278,6 +311,37 @@ def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple
     return torch.tanh(u), (log_normal - log_jacobian).sum(-1)
 
 
+def adam_init(net: nn.Module, device: torch.device) -> dict:
+    """What Adam learns: parameters by name, their gradients' first and second moments, steps.
+
+    Adam is written out so that an update is a pure function from one state to the next, of which
+    torch.compile makes one graph; torch.optim changes its parameters as it goes.
+    """
+    params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
+    m, v = tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params)
+    return {"params": params, "m": m, "v": v, "t": torch.zeros((), device=device)}
+
+
+def adam_step(learner: dict, grads: dict, lr: float) -> dict:
+    """The learner after one step (Kingma & Ba 2015, algorithm 1, with its default constants)."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    t = learner["t"] + 1
+    m = {name: beta1 * learner["m"][name] + (1 - beta1) * g for name, g in grads.items()}
+    v = {name: beta2 * learner["v"][name] + (1 - beta2) * g**2 for name, g in grads.items()}
+    m_scale, v_scale = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
+    change = {name: lr * m[name] * m_scale / ((v[name] * v_scale).sqrt() + eps) for name in grads}
+    params = {name: param - change[name] for name, param in learner["params"].items()}
+    return {"params": params, "m": m, "v": v, "t": t}
+
+
+def in_place(function, state: dict, *inputs, **settings) -> dict:
+    """Writes the new state of function(state, *inputs) -> (state, metrics) over the old one."""
+    new, metrics = function(state, *inputs, **settings)
+    tree_map(Tensor.copy_, state, new)
+    return metrics
+
+
+# --- Model ----------------------------------------------------------------------------------------
 class Ensemble(nn.Module):
     """E networks in one: mean and log variance [E, B, S + 1] given x [E, B, S + A] or [B, S + A].
 
@@ -285,15 +349,15 @@ class Ensemble(nn.Module):
     log variance is softly clamped between learned bounds (PETS, Chua et al. 2018, appendix A.1).
     """
 
-    def __init__(self, members: int, in_dim: int, out_dim: int, hidden: int):
+    def __init__(self, size: int, in_dim: int, out_dim: int, hidden: int):
         super().__init__()
-        sizes = [in_dim, hidden, hidden, hidden, hidden, 2 * out_dim]
-        weights = [torch.empty(members, sizes[i], sizes[i + 1]) for i in range(5)]
+        widths = [in_dim, hidden, hidden, hidden, hidden, 2 * out_dim]
+        weights = [torch.empty(size, widths[i], widths[i + 1]) for i in range(5)]
         for weight in weights:
             std = 1 / (2 * math.sqrt(weight.shape[1]))
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
         self.weights = nn.ParameterList(weights)  # [E, in, out] each
-        self.biases = nn.ParameterList(torch.zeros(members, 1, size) for size in sizes[1:])
+        self.biases = nn.ParameterList(torch.zeros(size, 1, width) for width in widths[1:])
         self.max_log_var = nn.Parameter(torch.full((out_dim,), 0.5))  # start of both bounds: J
         self.min_log_var = nn.Parameter(torch.full((out_dim,), -10.0))
 
@@ -313,22 +377,19 @@ def members(params: dict, index: Tensor) -> dict:
 def fit_scaler(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [n] of rows [N, n]; a dimension that is constant gets 1 (J)."""
     std, mean = torch.std_mean(x, 0, correction=0)
-    return mean, torch.where((x.amax(0) == x.amin(0)) | (std < 1e-12), 1.0, std)
+    constant = (x.amax(0) == x.amin(0)) | (std < 1e-12)
+    return mean, torch.where(constant, 1.0, std)
 
 
 def normalize(x: Tensor, scaler: tuple[Tensor, Tensor]) -> Tensor:
     """x [..., n] at zero mean and unit standard deviation."""
-    return (x - scaler[0]) / scaler[1]
+    mean, std = scaler
+    return (x - mean) / std
 
 
 def model_targets(data: Batch) -> Tensor:
     """What the ensemble learns, [N, S + 1]: s' and r."""
     return torch.cat([data.next_obs, data.reward[:, None]], -1)
-
-
-def apply_prediction(obs: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    """s' [B, S] and r [B] from s [B, S] and what the ensemble predicts [B, S + 1]."""
-    return prediction[:, :-1], prediction[:, -1]
 
 
 def model_update(learner: dict, x: Tensor, y: Tensor, net: Ensemble, args: Args) -> tuple:
@@ -350,64 +411,120 @@ def model_update(learner: dict, x: Tensor, y: Tensor, net: Ensemble, args: Args)
     return adam_step(learner, grads, args.model_lr), loss
 
 
-def fit_ensemble(learner: dict, data: Batch, update, net: Ensemble, args, draw: dict) -> tuple:
-    """Fits the ensemble to N real transitions, less a holdout; returns the model and its metrics.
+def fit_ensemble(
+    learner: dict, data: Batch, updates: int, update, net: Ensemble, args: Args, draw: dict
+) -> tuple[dict, dict]:
+    """Fits the ensemble to N real transitions; returns the model and the metrics of the fit.
 
-    Each member learns from its own bootstrap sample until no member's holdout error has improved
-    by more than 1 % for `model_patience` epochs, and goes back to its own best weights; those of
-    least error are the elites (J).
+    Each member takes `updates` gradient steps on its own bootstrap sample of the training split,
+    and keeps its last weights (S); with `--model-patience` it stops early instead (J). The elites
+    are the members of least error on the holdout, which serves for nothing else (S).
     """
-    n = len(data.reward)
-    order, held_out = torch.randperm(n, **draw), min(int(args.holdout_ratio * n), 5000)
-    holdout, train = order[:held_out], order[held_out:]
-    inputs, targets = torch.cat([data.obs, data.action], -1), model_targets(data)
+    order = torch.randperm(len(data.reward), **draw)
+    held_out = min(int(args.holdout_ratio * len(order)), 5000)  # J
+    holdout = order[:held_out]
+    train = order[held_out:]
+    inputs = torch.cat([data.obs, data.action], -1)
+    targets = model_targets(data)
     scaler = {"inputs": fit_scaler(inputs[train])}
     inputs = normalize(inputs, scaler["inputs"])
     scaler["targets"] = fit_scaler(targets[train])
     targets = normalize(targets, scaler["targets"])
-
     bootstrap = train[torch.randint(len(train), (args.ensemble_size, len(train)), **draw)]
-    best = {name: p for name, p in learner["params"].items() if not name.endswith("log_var")}
-    best_error, stale, updates, limit = math.inf, 0, 0, args.model_max_updates or math.inf
-    batch = 256  # J
-    while stale < args.model_patience and updates < limit:
-        shuffled = torch.stack([x[torch.randperm(len(x), **draw)] for x in bootstrap])  # [E, N]
-        filled = torch.arange(-(-len(train) // batch) * batch, device=train.device) % len(train)
-        for index in shuffled[:, filled].split(batch, 1):  # the last is filled up from the front
-            loss = update(learner, F.embedding(index, inputs), F.embedding(index, targets))
-            if (updates := updates + 1) >= limit:
-                break
-        error = torch.zeros(args.ensemble_size, device=targets.device)
-        for part in holdout.split(batch):
-            mean, _ = functional_call(net, learner["params"], (inputs[part],))
-            error += ((mean - targets[part]) ** 2).mean(2).sum(1) / held_out
-        improved = error < 0.99 * best_error
-        best_error, better = torch.where(improved, error, best_error), improved[:, None, None]
-        best = {k: torch.where(better, learner["params"][k], p) for k, p in best.items()}
-        stale = 0 if improved.any() else stale + 1
 
-    elites = best_error.argsort()[: args.num_elites]
-    tree_map(Tensor.copy_, learner["params"], learner["params"] | best)
+    def learn() -> Tensor:
+        """One gradient step of every member, on 256 rows (J) of its sample; returns the loss."""
+        chosen = torch.randint(len(train), (args.ensemble_size, 256), **draw)
+        rows = bootstrap.gather(1, chosen)  # [E, 256]
+        return update(learner, F.embedding(rows, inputs), F.embedding(rows, targets))
+
+    def holdout_error() -> Tensor:
+        """Mean squared error of every member [E]."""
+        mean, _ = functional_call(net, learner["params"], (inputs[holdout],))
+        return ((mean - targets[holdout]) ** 2).mean((1, 2))
+
+    if args.model_patience is None:
+        for _ in range(updates):
+            loss = learn()
+    else:
+        epoch = math.ceil(len(train) / 256)  # gradient steps
+        loss, updates = stop_early(learner, learn, holdout_error, epoch, args.model_patience)
+
+    error = holdout_error()
+    elites = error.argsort()[: args.num_elites]
     model = {"learner": learner, "scaler": scaler, "elites": elites}
-    metrics = {"loss": loss, "updates": updates, "holdout_mse": best_error[elites].mean()}
-    return model, metrics | model_metrics(model, net, inputs[holdout], targets[holdout])
+    metrics = {"loss": loss, "updates": updates, "holdout_mse": error[elites].mean()}
+    held = Batch(*(part[holdout] for part in data))
+    noise = torch.randn(held_out, targets.shape[1], **draw)
+    return model, metrics | model_metrics(model, net, held, targets[holdout], noise)
 
 
-def model_metrics(model: dict, net: Ensemble, inputs: Tensor, targets: Tensor) -> dict:
-    """How the elites fit held-out inputs [H, S + A] and targets [H, S + 1], as FTFL looks at it.
+def stop_early(learner: dict, learn, holdout_error, epoch: int, patience: int) -> tuple:
+    """Learns until more than `patience` epochs in a row improve no member's error by 1 % (J).
 
-    Errors are E[(mu - y)^2] / Var[y]; the reward's share of the loss is that of its dimension in
-    sum E[(mu - y)^2 / sigma^2]; the last is E[sigma] / Std[y] of the reward.
+    Each member then goes back to its weights after its own best epoch. Returns the last loss and
+    the number of gradient steps that are kept, the mean over members.
     """
+    weights = {name: p for name, p in learner["params"].items() if not name.endswith("log_var")}
+    best = {name: p.clone() for name, p in weights.items()}
+    best_error = torch.full_like(holdout_error(), math.inf)  # [E]
+    kept = torch.zeros_like(best_error)  # [E]
+    done = 0
+    stale = 0
+    while stale <= patience:
+        for _ in range(epoch):
+            loss = learn()
+        done += epoch
+        error = holdout_error()
+        improved = error < 0.99 * best_error
+        best_error[improved] = error[improved]
+        kept[improved] = done
+        for name, p in weights.items():
+            best[name][improved] = p[improved]
+        stale = 0 if improved.any() else stale + 1
+    for name, p in weights.items():
+        p.copy_(best[name])
+    return loss, kept.mean()
+
+
+def predict(model: dict, net: Ensemble, obs: Tensor, action: Tensor, noise: Tensor) -> tuple:
+    """s' [K, B, S] and r [K, B] after s [B, S], a [B, A], drawn by each of the K elites.
+
+    noise [B, S + 1] is standard normal.
+    """
+    inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
     elites = members(model["learner"]["params"], model["elites"])
-    mean, log_var = functional_call(net, elites, (inputs,))
-    squared, spread = (mean - targets) ** 2, fit_scaler(targets)[1]
-    error = squared.mean((0, 1)) / spread**2  # [S + 1]
+    mean, log_var = functional_call(net, elites, (inputs,))  # [K, B, S + 1]
+    y = mean + (log_var / 2).exp() * noise
+    center, scale = model["scaler"]["targets"]
+    y = center + scale * y
+    return y[..., :-1], y[..., -1]
+
+
+def model_metrics(model: dict, net: Ensemble, held: Batch, targets: Tensor, noise: Tensor) -> dict:
+    """How the elites fit H held-out transitions and their targets [H, S + 1]; noise [H, S + 1].
+
+    reward_error and state_error are E[(mu - y)^2] / Var[y]; change_error is E[(s'_e - s')^2] /
+    Var[s' - s] of the s'_e that rollouts draw, so that 1 is as wrong as a step changes; the
+    reward's share is that of its dimension in sum E[(mu - y)^2 / sigma^2]; the last is
+    E[sigma] / Std[y] of the reward (the figures that FTFL looks at).
+    """
+    inputs = normalize(torch.cat([held.obs, held.action], -1), model["scaler"]["inputs"])
+    elites = members(model["learner"]["params"], model["elites"])
+    mean, log_var = functional_call(net, elites, (inputs,))  # [K, H, S + 1]
+    squared = (mean - targets) ** 2
+    spread = fit_scaler(targets)[1]  # [S + 1]
+    error = squared.mean((0, 1)) / spread**2
     weighted = (squared / log_var.exp()).mean((0, 1))
+    next_obs, _ = predict(model, net, held.obs, held.action, noise)
+    change = fit_scaler(held.next_obs - held.obs)[1]  # [S]
+    change_error = ((next_obs - held.next_obs) ** 2).mean((0, 1)) / change**2
     return {
         "reward_error": error[-1],
         "state_error_mean": error[:-1].mean(),
         "state_error_worst": error[:-1].max(),
+        "change_error_mean": change_error.mean(),
+        "change_error_worst": change_error.max(),
         "reward_share_of_loss": weighted[-1] / weighted.sum(),
         "reward_std_ratio": (log_var[..., -1] / 2).exp().mean() / spread[-1],
     }
@@ -425,58 +542,41 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
     Branch b follows elite `choice[b]`; noise is that of the action [B, A], the model's [B, S + 1].
     """
     action, _ = sample_action(nets, actor, obs, noise[0])
-    inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
-    elites = members(model["learner"]["params"], model["elites"])
-    mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1] of K
+    next_obs, reward = predict(model, nets["ensemble"], obs, action, noise[1])
     branch = torch.arange(len(obs), device=obs.device)
-    prediction = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
-    mean, std = model["scaler"]["targets"]
-    prediction = mean + std * prediction
-    return action, *apply_prediction(obs, prediction)
+    return action, next_obs[choice, branch], reward[choice, branch]
 
 
-def rollout(model, actor, starts: Batch, horizon: int, step, terminates, draw: dict) -> Tensor:
+def rollout(model, actor, starts: Batch, horizon, step_model, terminates, draw: dict) -> Tensor:
     """Rows of up to `horizon` steps from each of B states; every step draws its elite and noise."""
-    rows, kept, obs, alive = [], [], starts.obs, torch.ones_like(starts.reward, dtype=torch.bool)
+    obs = starts.obs
+    alive = torch.ones_like(starts.reward, dtype=torch.bool)
+    rows, reached = [], []  # of every step: [B, 2S + A + 2], and whether a branch got there [B]
     for _ in range(horizon):
         choice = torch.randint(len(model["elites"]), alive.shape, **draw)
         model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
-        noise = (torch.randn(starts.action.shape, **draw), model_noise)
-        action, next_obs, reward = step(model, actor, obs, choice, noise)
+        action_noise = torch.randn(starts.action.shape, **draw)
+        noise = (action_noise, model_noise)
+        action, next_obs, reward = step_model(model, actor, obs, choice, noise)
         terminated = terminates(obs, action, next_obs)
         parts = [obs, action, reward[:, None], next_obs, terminated[:, None]]
         rows.append(torch.cat(parts, -1))
-        kept.append(alive)
-        obs, alive = next_obs, alive & ~terminated
-    return torch.cat(rows)[torch.cat(kept)] if horizon > 1 else rows[0]
+        reached.append(alive)
+        obs = next_obs
+        alive = alive & ~terminated
+    return torch.cat(rows)[torch.cat(reached)] if horizon > 1 else rows[0]
 
 
 def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
     """A ring of another capacity with the newest of the buffer's transitions, in order of age."""
-    new = ReplayBuffer(capacity, buffer.parts[0], buffer.parts[1], buffer.rows.device)
+    obs_dim, action_dim = buffer.parts[:2]
+    new = ReplayBuffer(capacity, obs_dim, action_dim, buffer.rows.device)
     ages = torch.arange(buffer.added - len(buffer), buffer.added, device=buffer.rows.device)
     new.add(buffer.rows[ages[-capacity:] % len(buffer.rows)])
     return new
 
 
-def adam_init(net: nn.Module, device: torch.device) -> dict:
-    """What Adam learns: parameters by name, their gradients' first and second moments, steps."""
-    params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
-    m, v = ({name: torch.zeros_like(param) for name, param in params.items()} for _ in range(2))
-    return {"params": params, "m": m, "v": v, "t": torch.zeros((), device=device)}
-
-
-def adam_step(learner: dict, grads: dict, lr: float) -> dict:
-    """The learner after one step (Kingma & Ba 2015, algorithm 1, with its default constants)."""
-    beta1, beta2, eps, t = 0.9, 0.999, 1e-8, learner["t"] + 1
-    m = {name: beta1 * learner["m"][name] + (1 - beta1) * g for name, g in grads.items()}
-    v = {name: beta2 * learner["v"][name] + (1 - beta2) * g**2 for name, g in grads.items()}
-    m_scale, v_scale = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
-    change = {name: lr * m[name] * m_scale / ((v[name] * v_scale).sqrt() + eps) for name in grads}
-    params = {name: param - change[name] for name, param in learner["params"].items()}
-    return {"params": params, "m": m, "v": v, "t": t}
-
-
+# --- SAC ------------------------------------------------------------------------------------------
 def sac_init(nets: dict, alpha: float, device: torch.device) -> dict:
     """All that a SAC update changes."""
     nets = nets | {"temperature": nn.ParameterDict({"log_alpha": torch.tensor(math.log(alpha))})}
@@ -489,7 +589,8 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
 
     A pure function. Order: critics, targets, the actor against the new critics, temperature (S).
     """
-    alpha, old_actor = agent["temperature"]["params"]["log_alpha"].exp(), agent["actor"]["params"]
+    alpha = agent["temperature"]["params"]["log_alpha"].exp()
+    old_actor = agent["actor"]["params"]
     next_action, next_log_prob = sample_action(nets, old_actor, batch.next_obs, noise[0])
     next_q = functional_call(nets["critic"], agent["target"], (batch.next_obs, next_action)).amin(0)
     y = batch.reward + args.gamma * (1 - batch.terminated) * (next_q - alpha * next_log_prob)  # [B]
@@ -509,7 +610,8 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
         return (alpha * log_prob - q).mean(), -log_prob.mean()
 
     grads, (pi_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
-    actor, temperature = adam_step(agent["actor"], grads, args.policy_lr), agent["temperature"]
+    actor = adam_step(agent["actor"], grads, args.policy_lr)
+    temperature = agent["temperature"]
     if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
         goal = -batch.action.shape[-1] / 2 if args.target_entropy is None else args.target_entropy
         grads = {"log_alpha": alpha * (entropy - goal)}
@@ -518,13 +620,7 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     return {"actor": actor, "critic": critic, "temperature": temperature, "target": target}, metrics
 
 
-def in_place(function, state: dict, *inputs, **settings) -> dict:
-    """Writes the new state of function(state, *inputs) -> (state, metrics) over the old one."""
-    new, metrics = function(state, *inputs, **settings)
-    tree_map(Tensor.copy_, state, new)
-    return metrics
-
-
+# --- Evaluation -----------------------------------------------------------------------------------
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
@@ -539,7 +635,8 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     bias = critic((episode.obs, episode.action)).amin(0)  # [T]
     for t in reversed(range(len(bias))):
         soft_return = episode.reward[t] + gamma * value[t + 1]  # G_t
-        bias[t], value[t] = bias[t] - soft_return, value[t] + soft_return
+        bias[t] -= soft_return
+        value[t] += soft_return
     return float(bias.mean())
 
 
@@ -564,8 +661,9 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
     return returns, np.mean(biases)
 
 
-def write_file(path: Path, content: bytes | dict) -> None:
-    """Replaces the file in one step, or, if the disk does not take it, says so and keeps it."""
+# --- Run folder -----------------------------------------------------------------------------------
+def write_file(path: Path, content: bytes | dict) -> bool:
+    """Replaces the file in one step; if the disk does not take it, keeps it and returns False."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -575,99 +673,155 @@ def write_file(path: Path, content: bytes | dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        tqdm.write(f"{path} stays as it was: {error}", file=sys.stderr)
+        kept = "stays as it was" if path.is_file() else "is not there"
+        tqdm.write(f"{path} {kept}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def run_folder(args: Args) -> Path:
+    """<run root>/<env id>__<experiment>__<seed>."""
+    task = args.env_id.replace("/", "-").replace(":", "-")
+    return Path(args.run_root, f"{task}__{args.exp_name}__{args.seed}")
 
 
 def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]:
     """The run's folder, settings, checkpoint or None; InputError, all kept, if it can't be used."""
-    run_dir = Path(args.run_root, f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}")
-    settings = json.loads(json.dumps({"script": Path(__file__).name} | asdict(args)))
-    free = "resume overwrite run_root total_timesteps checkpoint_frequency capture_video track"
-    fixed = settings.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}
-    file, saved = run_dir / "checkpoint.pt", None
-    if args.resume and (run_dir / "args.json").exists():
+    run_dir, saved = run_folder(args), None
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    settings = {"script": Path(__file__).name, "source": source} | asdict(args)
+    settings = json.loads(json.dumps(settings))
+    free = "source resume overwrite run_root total_timesteps checkpoint_frequency capture_video"
+    free += " device track wandb_project_name wandb_entity"
+    file, described = run_dir / "checkpoint.pt", run_dir / "args.json"
+    if args.resume and described.exists():
         try:
             saved = torch.load(file, map_location=device) if file.exists() else None
-            held = saved["settings"] if saved else json.loads((run_dir / "args.json").read_text())
+            held = saved["settings"] if saved else json.loads(described.read_text())
         except Exception:  # torch.load has no error of its own
             raise InputError(f"{file} is damaged or cut short: --overwrite starts anew") from None
-        for name in sorted(fixed):
-            if (was := held.get(name)) != settings[name]:
+        for name in sorted(settings.keys() - {*free.split()}):
+            if (was := held.get(name, "unknown to an older script")) != settings[name]:
                 change = f"{name} {was}, not {settings[name]}: choose another --exp-name"
                 raise InputError(f"{run_dir} holds a run with {change}")
+        if saved and (done := saved["progress"][0]) > args.total_timesteps:
+            raise InputError(f"{run_dir} has {done} steps: --total-timesteps must not be less")
     elif run_dir.is_dir() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
+    try:
+        if args.track:  # before anything is written
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            names |= {"id": run_dir.name, "resume": "allow", "config": settings}
+            import_module("wandb").init(**names, sync_tensorboard=True)
+    except Exception as error:  # of the network, of the account, of the settings
+        raise InputError(f"--track: {error}; try `wandb login`, or WANDB_MODE=offline") from None
     try:
         if args.overwrite and not args.resume and run_dir.exists():
             shutil.rmtree(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+        described.write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{run_dir}: {error.strerror}; choose another --run-root") from None
     return run_dir, settings, saved
 
 
+def restored(saved: dict, fresh: dict, run_dir: Path) -> dict:
+    """What was saved, if it has the tensors of a fresh state; InputError if it hasn't."""
+    if tree_map(Tensor.size, saved) != tree_map(Tensor.size, fresh):
+        raise InputError(f"{run_dir} holds a run of another version of {Path(__file__).name}")
+    return saved
+
+
+# --- Training -------------------------------------------------------------------------------------
+def setup_torch(args: Args, device: torch.device):
+    """torch.compile as the updates use it; sets how products of float32 are computed."""
+    torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
+    compiles = args.compile
+    try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
+        torch.compile(torch.cos, disable=not compiles)(torch.ones(1, device=device))
+    except Exception as error:
+        print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
+        compiles = False
+    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
+    if (probe @ probe).amin() < 256.1:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+    return partial(torch.compile, fullgraph=True, dynamic=False, disable=not compiles)
+
+
+def pace(clock: tuple[int, float], step: int) -> float:
+    """Steps per second since the clock (step, seconds) was started."""
+    return (step - clock[0]) / (time.perf_counter() - clock[1])
+
+
+def log(writer: SummaryWriter, group: str, values: dict, step: int) -> None:
+    """Writes values by name to TensorBoard."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
 def train(args: Args) -> dict:
-    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file."""
+    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file.
+
+    Raises InputError; FloatingPointError if the run diverges; OSError if its end can't be saved.
+    """
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
-    buffer = ReplayBuffer(args.buffer_size, *dims, device)
-    terminates, longest = termination_function(args), max(args.rollout_schedule[2:])
-    kept = 1000 * args.rollouts_per_step  # synthetic transitions, times the horizon (J)
-    ReplayBuffer(kept * longest, *dims, device)  # raises now what it would later
+    terminates = termination_function(args)
+    per_horizon = 1000 * args.rollouts_per_step  # synthetic transitions, times the horizon (J)
+    longest = max(args.rollout_schedule[2:])
+    check_memory(args.buffer_size + per_horizon * longest, *dims, device)
     run_dir, settings, saved = open_run(args, device)
-    torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
-    try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
-        torch.compile(torch.cos, disable=not args.compile)(torch.ones(1, device=device))
-    except Exception as error:
-        print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
-        args = replace(args, compile=False)
-    jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
-    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
-    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
-    if (probe @ probe).amin() < 256.1:
-        torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
     nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
     model = {"learner": adam_init(nets["ensemble"], device)}
-    update_model = partial(in_place, model_update, net=nets["ensemble"], args=args)
-    update_model = jit(update_model, mode="reduce-overhead")  # replayed as a CUDA graph on a GPU
-    step_model = jit(partial(model_step, nets=nets, args=args))
-    update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
+    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
-        agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
+        start, episode, seconds, evaluations = saved["progress"]
+        agent = restored(saved["agent"], agent, run_dir)
         draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
-    synthetic = ReplayBuffer(kept * rollout_horizon(start, args.rollout_schedule), *dims, device)
+    capacity = per_horizon * rollout_horizon(start, args.rollout_schedule)
+    synthetic = ReplayBuffer(capacity, *dims, device)
     if saved:
-        model = saved["model"]
+        learner = restored(saved["model"]["learner"], model["learner"], run_dir)
+        model = saved["model"] | {"learner": learner}
         synthetic.add(saved["synthetic"])
         synthetic.added = saved["synthetic_added"]
-    tree_map(torch._dynamo.mark_static_address, (agent, model))  # the graphs' own memory
-    if args.track:
-        wandb = import_module("wandb")
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-        wandb.init(**names, id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    if saved and start == args.total_timesteps:
+        print(f"{run_dir} has all its {start} steps: a larger --total-timesteps goes on")
+        return {"evaluations": evaluations, "agent": agent}
+    resumes = f"goes on after step {start}" if saved else "no checkpoint yet, begins at step 0"
+    print(run_dir, "on", device, f"({resumes})" if args.resume else "", flush=True)
+
+    jit = setup_torch(args, device)
+    update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
+    update_model = partial(in_place, model_update, net=nets["ensemble"], args=args)
+    update_model = jit(update_model, mode="reduce-overhead")  # replayed as a CUDA graph on a GPU
+    step_model = jit(partial(model_step, nets=nets, args=args))
+    tree_map(torch._dynamo.mark_static_address, (agent, model))  # CUDA graphs change it in place
     if args.capture_video:
-        trigger, folder = (lambda n: n % args.eval_episodes == 0), str(run_dir / "videos")
-        eval_env = gym.wrappers.RecordVideo(eval_env, folder, episode_trigger=trigger)
+        folder = str(run_dir / "videos")
+        eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda n: n % args.eval_episodes == 0)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
-    bar = tqdm(total=args.total_timesteps, initial=start, unit="step", disable=None)
+    table = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
+    bar, clock = tqdm(disable=True), None  # both begin when the first updates are done
     began, checkpointed, over, metrics = time.perf_counter() - seconds, start, True, {}
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
         if step > 0:
             if over:  # seeded one by one, so that a run can be taken up at an episode's start
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
-                episode, episode_return = episode + 1, 0.0
+                episode, episode_return, length = episode + 1, 0.0, 0
             if step <= args.learning_starts:
                 action = 2 * torch.rand(dims[1], **draw) - 1
             else:
@@ -681,23 +835,29 @@ def train(args: Args) -> dict:
             check_termination(terminates, args, step, obs, action, next_obs, terminated)
             row = np.concatenate([obs, action, [reward], next_obs, [terminated]])[None]
             buffer.add(torch.as_tensor(row, dtype=torch.float32).to(device, non_blocking=True))
-            obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
+            obs, over = next_obs, terminated or truncated
+            episode_return, length = episode_return + reward, length + 1
             bar.update()
             if over:
-                writer.add_scalar("train/episode_return", episode_return, step)
-                bar.set_postfix_str(f"last return {episode_return:.1f}")
+                ended = {"episode_return": episode_return, "episode_length": length}
+                log(writer, "train", ended, step)
 
         if step >= args.learning_starts:
+            if clock is None:
+                tqdm.write(f"step {step}: compiling the updates and fitting the model")
             if (step - args.learning_starts) % args.model_train_frequency == 0:
-                data, net = buffer.unpack(buffer.rows[: len(buffer)]), nets["ensemble"]
-                model, fit = fit_ensemble(model["learner"], data, update_model, net, args, draw)
+                first = step == args.learning_starts
+                steps = args.model_first_updates if first else args.model_updates
+                data = buffer.unpack(buffer.rows[: len(buffer)])
+                parts = data, steps, update_model, nets["ensemble"], args, draw
+                model, fit = fit_ensemble(model["learner"], *parts)
                 check_finite(step, **{f"model {name}": value for name, value in fit.items()})
-                for name, value in fit.items():
-                    writer.add_scalar(f"model/{name}", value, step)
-            horizon = rollout_horizon(step, args.rollout_schedule)
-            if horizon * kept != len(synthetic.rows):
-                synthetic = resized(synthetic, horizon * kept)
+                log(writer, "model", fit, step)
+            capacity = per_horizon * rollout_horizon(step, args.rollout_schedule)
+            if capacity != len(synthetic.rows):
+                synthetic = resized(synthetic, capacity)
             starts = buffer.unpack(buffer.sample(args.rollouts_per_step, draw=draw))
+            horizon = rollout_horizon(step, args.rollout_schedule)
             actor = agent["actor"]["params"]
             synthetic.add(rollout(model, actor, starts, horizon, step_model, terminates, draw))
             real = int(args.real_ratio * args.batch_size)
@@ -706,22 +866,32 @@ def train(args: Args) -> dict:
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
+            if clock is None:
+                clock = step, time.perf_counter()
+                bar = tqdm(total=args.total_timesteps, initial=step, smoothing=0, disable=None)
             if step % 1000 == 0:
+                log(writer, "sac", metrics, step)
+                log(writer, "train", {"steps_per_second": pace(clock, step)}, step)
                 for name, part in {"real": rows[:, :real], "synthetic": rows[:, real:]}.items():
-                    writer.add_scalar(f"sac/{name}_reward", buffer.unpack(part).reward.mean(), step)
-                for name, value in metrics.items():
-                    writer.add_scalar(f"sac/{name}", value, step)
+                    if part.numel():
+                        rewards = buffer.unpack(part).reward
+                        log(writer, "sac", {f"{name}_reward": rewards.mean()}, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
             check_finite(step, **metrics, **agent["actor"]["params"])
+            eval_env.name_prefix = f"step-{step}"  # of a video
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
             seconds = time.perf_counter() - began
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
             write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
-            writer.add_scalar("eval/return", numbers[0], step)
-            writer.add_scalar("eval/critic_bias", bias, step)
-            tqdm.write("step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers))
+            log(writer, "eval", {"return": numbers[0], "critic_bias": bias}, step)
+            text = "step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers)
+            if clock and (rate := pace(clock, step)):
+                left = tqdm.format_interval((args.total_timesteps - step) / rate)
+                text += f"  {rate:.3g} steps/s, {left} left"
+            tqdm.write(text)
+            sys.stdout.flush()
 
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
@@ -733,20 +903,34 @@ def train(args: Args) -> dict:
             state |= {"agent": agent, "rows": buffer.rows[: len(buffer)].clone()}
             filled = synthetic.rows[: len(synthetic)].clone()
             state |= {"model": model, "synthetic": filled, "synthetic_added": synthetic.added}
-            write_file(run_dir / "checkpoint.pt", state)
+            if not write_file(run_dir / "checkpoint.pt", state) and last:
+                raise OSError(f"{run_dir}: its end could not be saved")
     for opened in (writer, bar, env, eval_env):
         opened.close()
+    if args.track:
+        import_module("wandb").finish()
+    kept = "eval.csv and checkpoint.pt" if every else "eval.csv (--checkpoint-frequency is 0)"
+    print(f"{run_dir}: {args.total_timesteps} steps are done; kept are {kept}")
     return {"evaluations": evaluations, "agent": agent}
 
 
 def main() -> None:
     """Trains as the command line says; bad input is one line on stderr and exit code 2."""
     warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
+    sys.unraisablehook = lambda *_: None  # and about what they could not close
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    first, *_, defaults = __doc__.splitlines()
+    args = tyro.cli(Args, description=f"{first} {defaults}")
     try:
-        train(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except (InputError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"error: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
+        train(args)
+    except (InputError, FloatingPointError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        file = run_folder(args) / "checkpoint.pt"
+        step = torch.load(file, mmap=True)["progress"][0] if file.exists() else 0
+        sys.exit(f"error: interrupted; saved up to step {step}, from where --resume goes on")
 
 
 if __name__ == "__main__":

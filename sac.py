@@ -18,14 +18,17 @@ Defaults: SAC is above, J github.com/jannerm/mbpo, S github.com/CLeARoboticsLab/
 """
 
 import difflib
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module, util
 from pathlib import Path
@@ -43,9 +46,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# --- Arguments ------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, or a Gymnasium id
+    env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, a Gymnasium id, or <module>:<id>
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (S)
     learning_starts: int = 10_000  # environment steps of uniform random actions, counted (S)
@@ -81,56 +85,72 @@ class InputError(ValueError):
 
 def check_args(args: Args) -> None:
     """Raises InputError for a value out of its range, and for what this machine lacks."""
+    here = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
+    precisions = ("highest", "high", "medium")
     counts = "total_timesteps learning_starts updates_per_step batch_size buffer_size eval_episodes"
-    there = ["auto", "cpu", *(d for d in ("cuda", "mps") if getattr(torch, d).is_available())]
-    for names, holds, wanted in [
+    rules = [  # names, what must hold, and how to say it
         (counts, lambda x: x >= 1, "at least 1"),
-        ("seed eval_frequency checkpoint_frequency", lambda x: 0 <= x < 2**63, "0 or more"),
+        ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
+        ("eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
         ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
         ("policy_lr q_lr alpha", lambda x: 0 < x < math.inf, "above 0 and finite"),
         ("target_entropy", lambda x: x is None or math.isfinite(x), "finite"),
         ("exp_name", lambda x: x and "/" not in x, "a name without /"),
-        ("device", lambda x: x in there, f"one that is here ({', '.join(there)})"),
-        ("matmul_precision", {"highest", "high", "medium"}.__contains__, "highest, high or medium"),
-        ("track", lambda x: not x or util.find_spec("wandb"), "off: pip install wandb"),
-        ("capture_video", lambda x: not x or util.find_spec("moviepy"), "off: pip install moviepy"),
-    ]:
+        ("device", lambda x: x in here, f"one that is here ({', '.join(here)})"),
+        ("matmul_precision", lambda x: x in precisions, f"one of {', '.join(precisions)}"),
+        ("total_timesteps", lambda x: x >= args.learning_starts, "at least --learning-starts"),
+    ]
+    for names, holds, wanted in rules:
         for name in names.split():
-            if not holds(value := getattr(args, name)):
-                raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value}")
+            value = getattr(args, name)
+            with suppress(TypeError):  # of a value of another type, as seed="3" from Python
+                if holds(value):
+                    continue
+            raise InputError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
+    for name, package in {"track": "wandb", "capture_video": "moviepy"}.items():
+        if getattr(args, name) and not util.find_spec(package):
+            raise InputError(f"--{name.replace('_', '-')} needs {package}: pip install {package}")
 
 
+# --- Environment ----------------------------------------------------------------------------------
 def make_env(env_id: str, render: bool = False) -> gym.Env:
     """The task with observations [S], actions in [-1, 1]^A; InputError if it can't be trained."""
-    name, box, kwargs = env_id, gym.spaces.Box, {"render_mode": "rgb_array"} if render else {}
+    module, _, name = env_id.rpartition(":")  # <module>:<id> names the module that registers it
+    kwargs = {"render_mode": "rgb_array"} if render else {}
     hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as in J
-    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
-    if env_id.startswith("dmc/"):
-        name, kwargs["render_kwargs"] = f"dm_control/{env_id[4:]}-v0", {"camera_id": 0}
+    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(name, "").split()}
+    if name.startswith("dmc/"):
+        name, kwargs["render_kwargs"] = f"dm_control/{name[4:]}-v0", {"camera_id": 0}
+    remedy = ""
     try:
-        import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
-        limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
-        env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
-        if render:  # fails here where there is no renderer
-            env.reset(), env.render()
+        with warnings.catch_warnings(action="ignore"):  # libraries' words about libraries
+            import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
+            import_module(module or "gymnasium")
+            if name not in gym.registry:
+                suite = import_module("dm_control.suite").ALL_TASKS
+                known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in suite)]
+                near = difflib.get_close_matches(env_id, known) or ["dmc/walker-run"]
+                raise InputError(f"no such task; did you mean {' or '.join(near)}?")
+            limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
+            env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+            if isinstance(env.observation_space, gym.spaces.Dict):
+                env = gym.wrappers.FlattenObservation(env)
+            actions, states, box = env.action_space, env.observation_space, gym.spaces.Box
+            bounded = isinstance(actions, box) and (np.abs([actions.low, actions.high]) < 1e9).all()
+            if not bounded or not isinstance(states, box) or len(states.shape) != 1:
+                wanted = "actions must be a bounded Box and observations vectors"
+                raise InputError(f"{wanted}, not {actions} and {states}")
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+            remedy = "; reset and step must return 2 and 5 values, as Gymnasium's do"
+            _, _ = env.reset(seed=0)  # what is broken is better found now than in the run
+            _, _, _, _, _ = env.step(np.zeros(actions.shape, np.float32))
+            remedy = "; apt install libegl1, and set MUJOCO_GL=egl"
+            if render:
+                env.render()
     except Exception as error:  # of the registry, of the environment, of the renderer
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        if isinstance(error, gym.error.UnregisteredEnv):
-            tasks = import_module("dm_control.suite").ALL_TASKS
-            known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in tasks)]
-            near = difflib.get_close_matches(env_id, known) or ["dmc/walker-run"]
-            reason = f"no such task; did you mean {' or '.join(near)}?"
-        elif render:
-            reason = f"--capture-video: {reason}; apt install libegl1, and set MUJOCO_GL=egl"
-        raise InputError(f"--env-id {env_id}: {reason}") from None
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    actions, states = env.action_space, env.observation_space
-    bounded = isinstance(actions, box) and (np.abs([actions.low, actions.high]) < 1e9).all()
-    if not bounded or not isinstance(states, box) or len(states.shape) != 1:
-        wanted = "actions must be a bounded Box and observations vectors"
-        raise InputError(f"--env-id {env_id}: {wanted}, not {actions} and {states}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        raise InputError(f"--env-id {env_id}: {reason}{remedy}") from None
+    return env
 
 
 def derive_seed(*numbers: int) -> int:
@@ -145,6 +165,7 @@ def check_finite(step: int, **quantities) -> None:
             raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
 
 
+# --- Replay ---------------------------------------------------------------------------------------
 class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch shape
     obs: Tensor  # [..., S]
     action: Tensor  # [..., A], in [-1, 1]
@@ -154,14 +175,10 @@ class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch s
 
 
 class ReplayBuffer:
-    """Ring of the last `capacity` transitions, one row each; InputError if memory is too small."""
+    """Ring of the last `capacity` transitions, each a row [s, a, r, s', terminated]."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.parts = [obs_dim, action_dim, 1, obs_dim, 1]
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
-        if (size := 4 * capacity * sum(self.parts)) > memory:
-            raise InputError(f"the replay buffer needs {size >> 30} GiB, {memory >> 30} GiB exist")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -176,7 +193,8 @@ class ReplayBuffer:
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
         """Rows [*shape, 2S + A + 2], drawn uniformly with replacement."""
-        return F.embedding(torch.randint(len(self), shape, **draw), self.rows)  # rows by index
+        index = torch.randint(len(self), shape, **draw)
+        return F.embedding(index, self.rows)  # self.rows[index], which is slower on a CPU
 
     def unpack(self, rows: Tensor) -> Batch:
         """The parts of rows [..., 2S + A + 2]."""
@@ -184,11 +202,21 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
 
+def check_memory(transitions: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
+    """Raises InputError if buffers of so many transitions, taken together, don't fit in memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
+    if (size := 4 * transitions * (2 * obs_dim + action_dim + 2)) > memory:
+        raise InputError(f"the replay buffers need {size >> 30} GiB, {memory >> 30} GiB exist")
+
+
+# --- Networks -------------------------------------------------------------------------------------
 def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
     layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
-        nn.init.orthogonal_(layer.weight, math.sqrt(2)), nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 
@@ -197,9 +225,10 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        pairs = [*stack_module_state([mlp(obs_dim + action_dim, 1) for _ in range(2)])[0].values()]
-        self.weights = nn.ParameterList(w.mT.contiguous() for w in pairs[::2])  # [2, in, out] each
-        self.biases = nn.ParameterList(b[:, None] for b in pairs[1::2])  # [2, 1, out] each
+        twins = [mlp(obs_dim + action_dim, 1) for _ in range(2)]
+        stacked = [*stack_module_state(twins)[0].values()]  # weight, bias, weight, bias, ...
+        self.weights = nn.ParameterList(w.mT.contiguous() for w in stacked[::2])  # [2, in, out]
+        self.biases = nn.ParameterList(b[:, None] for b in stacked[1::2])  # [2, 1, out]
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], -1)
@@ -219,15 +248,20 @@ def sample_action(nets: dict, params: dict, obs: Tensor, noise: Tensor) -> tuple
 
 
 def adam_init(net: nn.Module, device: torch.device) -> dict:
-    """What Adam learns: parameters by name, their gradients' first and second moments, steps."""
+    """What Adam learns: parameters by name, their gradients' first and second moments, steps.
+
+    Adam is written out so that an update is a pure function from one state to the next, of which
+    torch.compile makes one graph; torch.optim changes its parameters as it goes.
+    """
     params = {name: param.detach().clone().to(device) for name, param in net.named_parameters()}
-    m, v = ({name: torch.zeros_like(param) for name, param in params.items()} for _ in range(2))
+    m, v = tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params)
     return {"params": params, "m": m, "v": v, "t": torch.zeros((), device=device)}
 
 
 def adam_step(learner: dict, grads: dict, lr: float) -> dict:
     """The learner after one step (Kingma & Ba 2015, algorithm 1, with its default constants)."""
-    beta1, beta2, eps, t = 0.9, 0.999, 1e-8, learner["t"] + 1
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    t = learner["t"] + 1
     m = {name: beta1 * learner["m"][name] + (1 - beta1) * g for name, g in grads.items()}
     v = {name: beta2 * learner["v"][name] + (1 - beta2) * g**2 for name, g in grads.items()}
     m_scale, v_scale = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
@@ -236,6 +270,14 @@ def adam_step(learner: dict, grads: dict, lr: float) -> dict:
     return {"params": params, "m": m, "v": v, "t": t}
 
 
+def in_place(function, state: dict, *inputs, **settings) -> dict:
+    """Writes the new state of function(state, *inputs) -> (state, metrics) over the old one."""
+    new, metrics = function(state, *inputs, **settings)
+    tree_map(Tensor.copy_, state, new)
+    return metrics
+
+
+# --- SAC ------------------------------------------------------------------------------------------
 def sac_init(nets: dict, alpha: float, device: torch.device) -> dict:
     """All that a SAC update changes."""
     nets = nets | {"temperature": nn.ParameterDict({"log_alpha": torch.tensor(math.log(alpha))})}
@@ -248,7 +290,8 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
 
     A pure function. Order: critics, targets, the actor against the new critics, temperature (S).
     """
-    alpha, old_actor = agent["temperature"]["params"]["log_alpha"].exp(), agent["actor"]["params"]
+    alpha = agent["temperature"]["params"]["log_alpha"].exp()
+    old_actor = agent["actor"]["params"]
     next_action, next_log_prob = sample_action(nets, old_actor, batch.next_obs, noise[0])
     next_q = functional_call(nets["critic"], agent["target"], (batch.next_obs, next_action)).amin(0)
     y = batch.reward + args.gamma * (1 - batch.terminated) * (next_q - alpha * next_log_prob)  # [B]
@@ -268,7 +311,8 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
         return (alpha * log_prob - q).mean(), -log_prob.mean()
 
     grads, (pi_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
-    actor, temperature = adam_step(agent["actor"], grads, args.policy_lr), agent["temperature"]
+    actor = adam_step(agent["actor"], grads, args.policy_lr)
+    temperature = agent["temperature"]
     if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
         goal = -batch.action.shape[-1] / 2 if args.target_entropy is None else args.target_entropy
         grads = {"log_alpha": alpha * (entropy - goal)}
@@ -277,13 +321,7 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     return {"actor": actor, "critic": critic, "temperature": temperature, "target": target}, metrics
 
 
-def in_place(function, state: dict, *inputs, **settings) -> dict:
-    """Writes the new state of function(state, *inputs) -> (state, metrics) over the old one."""
-    new, metrics = function(state, *inputs, **settings)
-    tree_map(Tensor.copy_, state, new)
-    return metrics
-
-
+# --- Evaluation -----------------------------------------------------------------------------------
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
@@ -298,7 +336,8 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     bias = critic((episode.obs, episode.action)).amin(0)  # [T]
     for t in reversed(range(len(bias))):
         soft_return = episode.reward[t] + gamma * value[t + 1]  # G_t
-        bias[t], value[t] = bias[t] - soft_return, value[t] + soft_return
+        bias[t] -= soft_return
+        value[t] += soft_return
     return float(bias.mean())
 
 
@@ -323,8 +362,9 @@ def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpac
     return returns, np.mean(biases)
 
 
-def write_file(path: Path, content: bytes | dict) -> None:
-    """Replaces the file in one step, or, if the disk does not take it, says so and keeps it."""
+# --- Run folder -----------------------------------------------------------------------------------
+def write_file(path: Path, content: bytes | dict) -> bool:
+    """Replaces the file in one step; if the disk does not take it, keeps it and returns False."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -334,86 +374,140 @@ def write_file(path: Path, content: bytes | dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        tqdm.write(f"{path} stays as it was: {error}", file=sys.stderr)
+        kept = "stays as it was" if path.is_file() else "is not there"
+        tqdm.write(f"{path} {kept}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def run_folder(args: Args) -> Path:
+    """<run root>/<env id>__<experiment>__<seed>."""
+    task = args.env_id.replace("/", "-").replace(":", "-")
+    return Path(args.run_root, f"{task}__{args.exp_name}__{args.seed}")
 
 
 def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]:
     """The run's folder, settings, checkpoint or None; InputError, all kept, if it can't be used."""
-    run_dir = Path(args.run_root, f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}")
-    settings = json.loads(json.dumps({"script": Path(__file__).name} | asdict(args)))
-    free = "resume overwrite run_root total_timesteps checkpoint_frequency capture_video track"
-    fixed = settings.keys() - {*free.split(), "wandb_project_name", "wandb_entity"}
-    file, saved = run_dir / "checkpoint.pt", None
-    if args.resume and (run_dir / "args.json").exists():
+    run_dir, saved = run_folder(args), None
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    settings = {"script": Path(__file__).name, "source": source} | asdict(args)
+    settings = json.loads(json.dumps(settings))
+    free = "source resume overwrite run_root total_timesteps checkpoint_frequency capture_video"
+    free += " device track wandb_project_name wandb_entity"
+    file, described = run_dir / "checkpoint.pt", run_dir / "args.json"
+    if args.resume and described.exists():
         try:
             saved = torch.load(file, map_location=device) if file.exists() else None
-            held = saved["settings"] if saved else json.loads((run_dir / "args.json").read_text())
+            held = saved["settings"] if saved else json.loads(described.read_text())
         except Exception:  # torch.load has no error of its own
             raise InputError(f"{file} is damaged or cut short: --overwrite starts anew") from None
-        for name in sorted(fixed):
-            if (was := held.get(name)) != settings[name]:
+        for name in sorted(settings.keys() - {*free.split()}):
+            if (was := held.get(name, "unknown to an older script")) != settings[name]:
                 change = f"{name} {was}, not {settings[name]}: choose another --exp-name"
                 raise InputError(f"{run_dir} holds a run with {change}")
+        if saved and (done := saved["progress"][0]) > args.total_timesteps:
+            raise InputError(f"{run_dir} has {done} steps: --total-timesteps must not be less")
     elif run_dir.is_dir() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
+    try:
+        if args.track:  # before anything is written
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            names |= {"id": run_dir.name, "resume": "allow", "config": settings}
+            import_module("wandb").init(**names, sync_tensorboard=True)
+    except Exception as error:  # of the network, of the account, of the settings
+        raise InputError(f"--track: {error}; try `wandb login`, or WANDB_MODE=offline") from None
     try:
         if args.overwrite and not args.resume and run_dir.exists():
             shutil.rmtree(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
+        described.write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{run_dir}: {error.strerror}; choose another --run-root") from None
     return run_dir, settings, saved
 
 
+def restored(saved: dict, fresh: dict, run_dir: Path) -> dict:
+    """What was saved, if it has the tensors of a fresh state; InputError if it hasn't."""
+    if tree_map(Tensor.size, saved) != tree_map(Tensor.size, fresh):
+        raise InputError(f"{run_dir} holds a run of another version of {Path(__file__).name}")
+    return saved
+
+
+# --- Training -------------------------------------------------------------------------------------
+def setup_torch(args: Args, device: torch.device):
+    """torch.compile as the updates use it; sets how products of float32 are computed."""
+    torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
+    compiles = args.compile
+    try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
+        torch.compile(torch.cos, disable=not compiles)(torch.ones(1, device=device))
+    except Exception as error:
+        print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
+        compiles = False
+    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
+    if (probe @ probe).amin() < 256.1:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+    return partial(torch.compile, fullgraph=True, dynamic=False, disable=not compiles)
+
+
+def pace(clock: tuple[int, float], step: int) -> float:
+    """Steps per second since the clock (step, seconds) was started."""
+    return (step - clock[0]) / (time.perf_counter() - clock[1])
+
+
+def log(writer: SummaryWriter, group: str, values: dict, step: int) -> None:
+    """Writes values by name to TensorBoard."""
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
 def train(args: Args) -> dict:
-    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file."""
+    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file.
+
+    Raises InputError; FloatingPointError if the run diverges; OSError if its end can't be saved.
+    """
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
-    buffer = ReplayBuffer(args.buffer_size, *dims, device)
+    check_memory(args.buffer_size, *dims, device)
     run_dir, settings, saved = open_run(args, device)
-    torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
-    try:  # a first graph, to see whether there is a C++ compiler (or Triton, for a GPU)
-        torch.compile(torch.cos, disable=not args.compile)(torch.ones(1, device=device))
-    except Exception as error:
-        print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
-        args = replace(args, compile=False)
-    jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
-    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
-    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
-    if (probe @ probe).amin() < 256.1:
-        torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
-    update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
+    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
-        agent, (start, episode, seconds, evaluations) = saved["agent"], saved["progress"]
+        start, episode, seconds, evaluations = saved["progress"]
+        agent = restored(saved["agent"], agent, run_dir)
         draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
-    tree_map(torch._dynamo.mark_static_address, agent)  # the graph's own memory
-    if args.track:
-        wandb = import_module("wandb")
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-        wandb.init(**names, id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    if saved and start == args.total_timesteps:
+        print(f"{run_dir} has all its {start} steps: a larger --total-timesteps goes on")
+        return {"evaluations": evaluations, "agent": agent}
+    resumes = f"goes on after step {start}" if saved else "no checkpoint yet, begins at step 0"
+    print(run_dir, "on", device, f"({resumes})" if args.resume else "", flush=True)
+
+    jit = setup_torch(args, device)
+    update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
+    tree_map(torch._dynamo.mark_static_address, agent)  # CUDA graphs change it where it is
     if args.capture_video:
-        trigger, folder = (lambda n: n % args.eval_episodes == 0), str(run_dir / "videos")
-        eval_env = gym.wrappers.RecordVideo(eval_env, folder, episode_trigger=trigger)
+        folder = str(run_dir / "videos")
+        eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda n: n % args.eval_episodes == 0)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
-    bar = tqdm(total=args.total_timesteps, initial=start, unit="step", disable=None)
+    table = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
+    bar, clock = tqdm(disable=True), None  # both begin when the first updates are done
     began, checkpointed, over, metrics = time.perf_counter() - seconds, start, True, {}
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
         if step > 0:
             if over:  # seeded one by one, so that a run can be taken up at an episode's start
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
-                episode, episode_return = episode + 1, 0.0
+                episode, episode_return, length = episode + 1, 0.0, 0
             if step <= args.learning_starts:
                 action = 2 * torch.rand(dims[1], **draw) - 1
             else:
@@ -426,31 +520,42 @@ def train(args: Args) -> dict:
             check_finite(step, observation=next_obs, reward=reward)
             row = np.concatenate([obs, action, [reward], next_obs, [terminated]])[None]
             buffer.add(torch.as_tensor(row, dtype=torch.float32).to(device, non_blocking=True))
-            obs, over, episode_return = next_obs, terminated or truncated, episode_return + reward
+            obs, over = next_obs, terminated or truncated
+            episode_return, length = episode_return + reward, length + 1
             bar.update()
             if over:
-                writer.add_scalar("train/episode_return", episode_return, step)
-                bar.set_postfix_str(f"last return {episode_return:.1f}")
+                ended = {"episode_return": episode_return, "episode_length": length}
+                log(writer, "train", ended, step)
 
         if step >= args.learning_starts:
+            if clock is None:
+                tqdm.write(f"step {step}: compiling the updates")
             rows = buffer.sample(args.updates_per_step, args.batch_size, draw=draw)
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
+            if clock is None:
+                clock = step, time.perf_counter()
+                bar = tqdm(total=args.total_timesteps, initial=step, smoothing=0, disable=None)
             if step % 1000 == 0:
-                for name, value in metrics.items():
-                    writer.add_scalar(f"sac/{name}", value, step)
+                log(writer, "sac", metrics, step)
+                log(writer, "train", {"steps_per_second": pace(clock, step)}, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
             check_finite(step, **metrics, **agent["actor"]["params"])
+            eval_env.name_prefix = f"step-{step}"  # of a video
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
             seconds = time.perf_counter() - began
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
             write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
-            writer.add_scalar("eval/return", numbers[0], step)
-            writer.add_scalar("eval/critic_bias", bias, step)
-            tqdm.write("step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers))
+            log(writer, "eval", {"return": numbers[0], "critic_bias": bias}, step)
+            text = "step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers)
+            if clock and (rate := pace(clock, step)):
+                left = tqdm.format_interval((args.total_timesteps - step) / rate)
+                text += f"  {rate:.3g} steps/s, {left} left"
+            tqdm.write(text)
+            sys.stdout.flush()
 
         last, every = step == args.total_timesteps, args.checkpoint_frequency
         if every and (last or (over and step // every > checkpointed // every)):
@@ -460,20 +565,34 @@ def train(args: Args) -> dict:
             state = {"settings": settings, "generator": draw["generator"].get_state()}
             state |= {"progress": (step, episode, seconds, evaluations), "added": buffer.added}
             state |= {"agent": agent, "rows": buffer.rows[: len(buffer)].clone()}
-            write_file(run_dir / "checkpoint.pt", state)
+            if not write_file(run_dir / "checkpoint.pt", state) and last:
+                raise OSError(f"{run_dir}: its end could not be saved")
     for opened in (writer, bar, env, eval_env):
         opened.close()
+    if args.track:
+        import_module("wandb").finish()
+    kept = "eval.csv and checkpoint.pt" if every else "eval.csv (--checkpoint-frequency is 0)"
+    print(f"{run_dir}: {args.total_timesteps} steps are done; kept are {kept}")
     return {"evaluations": evaluations, "agent": agent}
 
 
 def main() -> None:
     """Trains as the command line says; bad input is one line on stderr and exit code 2."""
     warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
+    sys.unraisablehook = lambda *_: None  # and about what they could not close
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    first, *_, defaults = __doc__.splitlines()
+    args = tyro.cli(Args, description=f"{first} {defaults}")
     try:
-        train(tyro.cli(Args, description=__doc__.splitlines()[0]))
-    except (InputError, FloatingPointError, KeyboardInterrupt) as error:
-        print(f"error: {' '.join(str(error).split()) or 'interrupted'}", file=sys.stderr)
+        train(args)
+    except (InputError, FloatingPointError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        file = run_folder(args) / "checkpoint.pt"
+        step = torch.load(file, mmap=True)["progress"][0] if file.exists() else 0
+        sys.exit(f"error: interrupted; saved up to step {step}, from where --resume goes on")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
     python benchmarks/mechanism.py                                    all fourteen tasks
     python benchmarks/mechanism.py --tasks Hopper-v5 dmc/walker-run   two of them
     python benchmarks/mechanism.py --checkpoints runs/dmc-walker-run__mbpo_ftfl__1
+    python benchmarks/mechanism.py updates-needed --buffers runs/dmc-walker-run__sac__1
 
-The first two gather transitions of a uniform random policy, the third also of a trained one.
+The first two gather transitions of a uniform random policy, the third also of a trained one. The
+last asks how many updates each target needs: it fits three of the six cells ten times as long, on
+random transitions of three tasks and on those that the named runs hold in their replay buffers.
 
 One network of the scripts' ensemble learns from N transitions (s, a, r, s'), as in the scripts but
 without early stopping, in six cells. In all of them a baseline b is subtracted that is linear,
@@ -28,9 +31,11 @@ the variance V_i of s' or of r over all N transitions as the unit that all cells
 
 States count by the mean over their dimensions; `change` is the same in units of Var(s'_i - s_i),
 in which to predict s' = s is an error near 1. Dimensions that never change are left out.
+`updates-needed` splits the change into slow dimensions, Var(s'_i - s_i) < 0.1 Var(s_i), and fast.
 
-Finished tasks are kept in OUT/*.csv and skipped when the command is given again; OUT/*.md and
-OUT/*.png are made from these files alone, of all that they hold.
+Finished tasks (with `updates-needed`, finished fits) are kept in OUT/*.csv and skipped when the
+command is given again; OUT/*.md and OUT/*.png are made from these files alone, of all that they
+hold.
 """
 
 import multiprocessing
@@ -41,8 +46,8 @@ import threading
 import warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +61,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from mechanism_report import CELLS, present  # noqa: E402
+from mechanism_report import CELLS, present, present_needed  # noqa: E402
 
 import mbpo_residual_ablation as mbrl  # noqa: E402
 
@@ -84,6 +89,23 @@ class Options:
     compile: bool = True  # compile the update with torch.compile
 
 
+@dataclass
+class Needed:
+    """Options of `updates-needed`; the defaults are what benchmarks/results/updates_needed has."""
+
+    buffers: tuple[Path, ...] = ()  # run folders of the scripts, for the first rows of their buffer
+    tasks: tuple[str, ...] = ("dmc/humanoid-stand", "dmc/hopper-stand", "Hopper-v5")  # random ones
+    cells: tuple[str, ...] = ("normalized residual", "normalized direct", "normalized ridge")
+    lr: tuple[float, ...] = (mbrl.Args.model_lr,)  # Adam step sizes; here the scripts'
+    budgets: tuple[int, ...] = (500, 1000, 2000, 3000, 5000, 8000, 12_000, 20_000, 30_000)
+    seeds: tuple[int, ...] = (1, 2)  # seeds of split, bootstrap sample, weights and batches
+    jobs: int = 2  # fits at a time, one process with one thread each
+    transitions: int = 20_000  # transitions of each data set
+    hidden: int = 200  # units in each of the network's four hidden layers
+    out: Path = ROOT / "benchmarks/results/updates_needed"  # folder of the results
+    compile: bool = True  # compile the update with torch.compile
+
+
 class Item(NamedTuple):
     """What one process works on at a time."""
 
@@ -93,18 +115,58 @@ class Item(NamedTuple):
     folder: Path | None
 
 
-def load_actor(folder: Path) -> tuple[str, int, dict]:
-    """Task, trained steps and actor of a run of any script; InputError if there is none."""
+class Job(NamedTuple):
+    """One fit of `updates-needed`; all but the folder are columns of its CSV file."""
+
+    task: str
+    data: str  # "random", or the name of the run folder that the buffer lies in
+    lr: str  # as the CSV file spells it
+    seed: int
+    cell: str
+    folder: Path | None
+
+
+class Run(NamedTuple):
+    """What a checkpoint of any script has of its run."""
+
+    task: str
+    steps: int  # environment steps trained
+    actor: dict  # parameters by name
+    rows: Tensor  # [N, 2S + A + 2], the replay buffer: s, a, r, s', terminated
+
+
+def load_run(folder: Path, flag: str) -> Run:
+    """The run whose checkpoint lies in the folder; InputError if there is none."""
     try:
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", mmap=True)
         actor = {name: param.clone() for name, param in saved["agent"]["actor"]["params"].items()}
         mbrl.mlp(actor["0.weight"].shape[1], len(actor["4.bias"])).load_state_dict(actor)
-        return saved["settings"]["env_id"], saved["progress"][0], actor
-    except FileNotFoundError:
-        raise mbrl.InputError(f"--checkpoints {folder}: there is no checkpoint.pt in it") from None
+        steps, rows = saved["progress"][0], saved["rows"].flatten(1)
+        return Run(saved["settings"]["env_id"], steps, actor, rows)
+    except (FileNotFoundError, NotADirectoryError):
+        raise mbrl.InputError(f"{flag} {folder}: there is no checkpoint.pt in it") from None
     except Exception:  # torch.load has no error of its own
         reason = "its checkpoint.pt is damaged, or not of these scripts"
-        raise mbrl.InputError(f"--checkpoints {folder}: {reason}") from None
+        raise mbrl.InputError(f"{flag} {folder}: {reason}") from None
+
+
+def read_buffer(folder: Path, transitions: int) -> tuple[str, Tensor, Tensor]:
+    """The run's task, and x and y as of `collect`, of the first so many rows of its buffer."""
+    run = load_run(folder, "--buffers")
+    states, actions = run.actor["0.weight"].shape[1], len(run.actor["4.bias"]) // 2
+    held, width, parts = len(run.rows), run.rows.shape[1], [states, actions, 1, states, 1]
+    fault = None
+    if held < transitions:
+        fault = f"its buffer holds {held} transitions, fewer than the {transitions} to fit"
+    elif width != sum(parts):
+        fault = f"its transitions have {width} numbers, not {sum(parts)} as its policy's have"
+    elif not run.rows[:transitions].isfinite().all():
+        fault = "its buffer holds numbers that are not finite"
+    if fault:
+        raise mbrl.InputError(f"--buffers {folder}: {fault}")
+    obs, action, reward, next_obs, _ = run.rows[:transitions].double().split(parts, 1)
+    x = torch.cat([obs, action, torch.ones_like(reward)], 1)
+    return run.task, x, torch.cat([next_obs, reward], 1)
 
 
 def collect(task: str, actor: dict | None, transitions: int) -> tuple[Tensor, Tensor]:
@@ -190,6 +252,13 @@ def measure_scales(x: Tensor, y: Tensor) -> tuple[dict, list[dict]]:
     return scales, pd.DataFrame(columns).to_dict("records")
 
 
+def is_slow(x: Tensor, y: Tensor) -> Tensor:
+    """Of the D dimensions that vary, which a step changes little: bool [D]."""
+    _, change, live = units(x, y)
+    before = x[:, : y.shape[1] - 1].var(0, correction=0)
+    return (change[:-1] < 0.1 * before)[live[:-1]]
+
+
 class Problem(NamedTuple):
     """What one network has to learn, and what it takes to undo the change of targets; N rows."""
 
@@ -243,6 +312,7 @@ def measure(net: mbrl.Ensemble, params: dict, held: Problem, unit: tuple) -> dic
     variance, change, live = unit
     spread, varies = (noise / error).sqrt(), live[:-1]
     in_variance, in_change = ((error + noise)[:-1][varies] / v[:-1][varies] for v in unit[:2])
+    error_of_change = (error / change)[:-1][varies]
     figures = {
         "reward_error": error[-1] / variance[-1],
         "reward_sampled": (error + noise)[-1] / variance[-1],
@@ -250,7 +320,7 @@ def measure(net: mbrl.Ensemble, params: dict, held: Problem, unit: tuple) -> dic
         "state_error": (error / variance)[:-1][varies].mean(),
         "state_sampled": in_variance.mean(),
         "state_sampled_worst": in_variance.max(),
-        "change_error": (error / change)[:-1][varies].mean(),
+        "change_error": error_of_change.mean(),
         "change_sampled": in_change.mean(),
         "change_sampled_worst": in_change.max(),
         "state_spread": spread[:-1][varies].median(),
@@ -259,7 +329,8 @@ def measure(net: mbrl.Ensemble, params: dict, held: Problem, unit: tuple) -> dic
     }
     constant = [] if live[-1] else [name for name in figures if name.startswith("reward")]
     figures = {name: float(value) for name, value in figures.items()} | dict.fromkeys(constant)
-    return figures | {"by_dimension": in_variance.tolist()}
+    figures |= {"by_dimension": in_variance.tolist(), "change_by_dimension": in_change.tolist()}
+    return figures | {"change_error_by_dimension": error_of_change.tolist()}
 
 
 def fit(x: Tensor, y: Tensor, cell: str, seed: int, budgets, net, update, args) -> list[dict]:
@@ -291,39 +362,85 @@ def fit(x: Tensor, y: Tensor, cell: str, seed: int, budgets, net, update, args) 
         learner, _ = update(learner, problem.inputs[index][None], problem.targets[index][None])
 
 
-def work(item: Item, options: Options) -> dict[str, pd.DataFrame]:
-    """All fits of one task and policy: the rows it adds to each of the three CSV files."""
-    actor = load_actor(item.folder)[2] if item.folder else None
-    x, y = collect(item.task, actor, options.transitions)
+@lru_cache(maxsize=1)  # the fits of one data set come one after another
+def prepare(in_dim: int, out_dim: int, hidden: int, lr: float, compiled: bool) -> tuple:
+    """What fits of one shape share: the network, its update, compiled if possible, and settings."""
     torch.compiler.reset()  # or the graphs of several tasks count against a limit
     try:  # as in the scripts, to see whether there is a C++ compiler
-        torch.compile(torch.cos, disable=not options.compile)(torch.ones(1))
+        torch.compile(torch.cos, disable=not compiled)(torch.ones(1))
     except Exception as error:
         tqdm.write(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
-        options = replace(options, compile=False)
+        compiled = False
     torch.set_float32_matmul_precision("medium")  # as in the scripts: if exact, by oneDNN
     if (torch.full((256, 256), 1 + 2**-12) @ torch.ones(256, 1)).amin() < 256.05:
         torch.set_float32_matmul_precision("highest")
-    args = mbrl.Args(model_hidden=options.hidden)
-    net = mbrl.Ensemble(1, x.shape[1] - 1, y.shape[1], options.hidden)
-    jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not options.compile)
-    update, fits = jit(partial(mbrl.model_update, net=net, args=args)), []
+    args = mbrl.Args(model_hidden=hidden, model_lr=lr)
+    net = mbrl.Ensemble(1, in_dim, out_dim, hidden)
+    jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not compiled)
+    return net, jit(partial(mbrl.model_update, net=net, args=args)), args
+
+
+def count_fit() -> None:
+    """Tells the parent, if there is one, that a fit is finished."""
+    if fits_done:
+        with fits_done.get_lock():
+            fits_done.value += 1
+
+
+def work(item: Item, options: Options) -> dict[str, pd.DataFrame]:
+    """All fits of one task and policy: the rows it adds to each of the three CSV files."""
+    actor = load_run(item.folder, "--checkpoints").actor if item.folder else None
+    x, y = collect(item.task, actor, options.transitions)
+    shape = x.shape[1] - 1, y.shape[1], options.hidden
+    net, update, args = prepare(*shape, mbrl.Args.model_lr, options.compile)
+    fits = []
     for seed in options.seeds:
         for cell in CELLS:
             fits += fit(x, y, cell, seed, options.budgets, net, update, args)
-            if fits_done:
-                with fits_done.get_lock():
-                    fits_done.value += 1
+            count_fit()
     scales, dimensions = measure_scales(x, y)
     fits, dimensions = pd.DataFrame(fits), pd.DataFrame(dimensions)
     for cell, rows in fits[fits.updates == max(options.budgets)].groupby("cell", sort=False):
         dimensions[cell] = np.mean(rows.by_dimension.tolist(), 0)  # over seeds
-    parts = {"dimensions": dimensions, "fits": fits.drop(columns="by_dimension")}
+    lists = [name for name in fits if name.endswith("by_dimension")]
+    parts = {"dimensions": dimensions, "fits": fits.drop(columns=lists)}
     parts["scales"] = pd.DataFrame([settings_of(item, options) | scales])
     for part in parts.values():
         part.insert(0, "task", item.task)
         part.insert(1, "data", item.data)
     return parts
+
+
+@lru_cache(maxsize=1)
+def load_data(task: str, folder: Path | None, transitions: int) -> tuple[Tensor, Tensor]:
+    """x and y of one data set: a random policy's, or of the buffer in a run folder."""
+    return read_buffer(folder, transitions)[1:] if folder else collect(task, None, transitions)
+
+
+def split(found: list[dict], slow: Tensor) -> list[dict]:
+    """Measurements with the errors of the change by dimension [D] drawn together by speed."""
+    lines = []
+    for figures in found:
+        line = {name: v for name, v in figures.items() if not name.endswith("by_dimension")}
+        columns = {"error": figures["change_error_by_dimension"]}
+        errors = pd.DataFrame(columns | {"sampled": figures["change_by_dimension"]})
+        for name, part in {"slow": errors[slow.numpy()], "fast": errors[~slow.numpy()]}.items():
+            line[f"{name}_dims"] = len(part)
+            line[f"{name}_error"], line[f"{name}_sampled"] = part.mean()
+            line[f"{name}_sampled_median"] = part.sampled.median()
+        lines.append(line)
+    return lines
+
+
+def work_needed(job: Job, options: Needed) -> pd.DataFrame:
+    """One fit of `updates-needed`: its rows of the CSV file."""
+    x, y = load_data(job.task, job.folder, options.transitions)
+    shape = x.shape[1] - 1, y.shape[1], options.hidden
+    net, update, args = prepare(*shape, float(job.lr), options.compile)
+    found = fit(x, y, job.cell, job.seed, options.budgets, net, update, args)
+    count_fit()
+    sizes = {"transitions": options.transitions, "hidden": options.hidden}
+    return pd.DataFrame([job._asdict() | sizes | line for line in split(found, is_slow(x, y))])
 
 
 fits_done = None  # in a worker: the counter that it shares with the parent
@@ -372,20 +489,36 @@ def save(held: dict[str, pd.DataFrame], parts: dict[str, pd.DataFrame], out: Pat
         mbrl.write_file(out / f"{name}.csv", text.encode())
 
 
-def plan(options: Options) -> tuple[list[Item], dict[str, pd.DataFrame]]:
-    """What is left to do, and what is done; InputError for what can't be done or mixed."""
-    limits = {"jobs": 1, "transitions": 10, "hidden": 1, "budgets": 1, "seeds": 0}
+LIMITS = {"jobs": 1, "transitions": 10, "hidden": 1, "budgets": 1, "seeds": 0}
+
+
+def check_numbers(options: Options | Needed, limits: dict) -> None:
+    """InputError for an option below its limit, for one without numbers, for one twice."""
     for name, least in limits.items():
         values = np.atleast_1d(getattr(options, name)).tolist()
         valid = values and len({*values}) == len(values)
         if not valid or not all(least <= value < 2**63 for value in values):
             given = " ".join(map(str, values)) or "nothing"
-            several = "different numbers of " if name in ("budgets", "seeds") else ""
+            several = "different numbers of " if name in ("budgets", "seeds", "lr") else ""
             raise mbrl.InputError(f"--{name} must be {several}at least {least}, not {given}")
+
+
+def check_tasks(tasks) -> None:
+    """InputError for a task that can't be made."""
+    for task in tasks:
+        try:
+            mbrl.make_env(task).close()
+        except mbrl.InputError as error:
+            raise mbrl.InputError(str(error).replace("--env-id", "--tasks")) from None
+
+
+def plan(options: Options) -> tuple[list[Item], dict[str, pd.DataFrame]]:
+    """What is left to do, and what is done; InputError for what can't be done or mixed."""
+    check_numbers(options, LIMITS)
     items = [Item(task, "random", 0, None) for task in options.tasks]
     for folder in options.checkpoints:
-        task, steps, _ = load_actor(folder)
-        items.append(Item(task, folder.resolve().name, steps, folder.resolve()))
+        run = load_run(folder, "--checkpoints")
+        items.append(Item(run.task, folder.resolve().name, run.steps, folder.resolve()))
     wanted = {item[:2]: item for item in items}
     if len(wanted) < len(items) or not items:
         raise mbrl.InputError("--tasks and --checkpoints must name something, and each only once")
@@ -398,38 +531,111 @@ def plan(options: Options) -> tuple[list[Item], dict[str, pd.DataFrame]]:
                 fault = f"holds {' of '.join(name)} with {setting} {was[setting]}, not {now}"
                 raise mbrl.InputError(f"--out {options.out} {fault}: choose another")
     todo = [item for item in items if options.overwrite or item[:2] not in done]
-    for item in todo:
-        try:
-            mbrl.make_env(item.task).close()
-        except mbrl.InputError as error:
-            raise mbrl.InputError(str(error).replace("--env-id", "--tasks")) from None
+    check_tasks(item.task for item in todo)
     return todo, held
 
 
-def run(options: Options) -> None:
-    """Does what is left to do, in processes of their own, and presents all that is there."""
-    todo, held = plan(options)
+KEY = list(Job._fields[:-1])  # of one fit of `updates-needed`
+
+
+def read_needed(out: Path) -> pd.DataFrame:
+    """The finished fits of `updates-needed`, of which a CSV file is written whole or not at all."""
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        held = pd.read_csv(out / "fits.csv", dtype={"lr": str})
+        return held.astype({"seed": int, "updates": int, "transitions": int, "hidden": int})
+    except FileNotFoundError:
+        return pd.DataFrame(columns=[*KEY, "updates", "transitions", "hidden"])
+    except (OSError, ValueError, KeyError):
+        raise mbrl.InputError(f"--out {out}: its fits.csv is damaged; choose another") from None
+
+
+def save_needed(rows: pd.DataFrame, out: Path) -> None:
+    """Adds the rows of a fit to the CSV file, which is sorted."""
+    rows = pd.concat(
+        [part for part in (read_needed(out), rows.drop(columns="folder")) if len(part)]
+    )
+    rows = rows.sort_values([*KEY, "updates"], ignore_index=True)
+    mbrl.write_file(out / "fits.csv", rows.to_csv(index=False, float_format="%.6g").encode())
+
+
+def plan_needed(options: Needed) -> list[Job]:
+    """The fits that are left to do; InputError for what can't be done or mixed."""
+    check_numbers(options, LIMITS | {"lr": 1e-9})
+    if not options.cells or not {*options.cells} <= {*CELLS}:
+        given = ", ".join(options.cells) or "nothing"
+        raise mbrl.InputError(f"--cells must be of {', '.join(CELLS)}, not {given}")
+    sets = []  # task, data, folder
+    for folder in options.buffers:
+        task = read_buffer(folder, options.transitions)[0]
+        sets.append((task, folder.resolve().name, folder.resolve()))
+    sets += [(task, "random", None) for task in options.tasks]
+    if len({one[:2] for one in sets}) < len(sets) or not sets:
+        raise mbrl.InputError("--tasks and --buffers must name something, and each only once")
+    held = read_needed(options.out)
+    for name, now in {"transitions": [options.transitions], "hidden": [options.hidden]}.items():
+        if len(held) and (was := held[name].unique().tolist()) != now:
+            fault = f"holds fits with {name} {was[0]}, not {now[0]}: choose another"
+            raise mbrl.InputError(f"--out {options.out} {fault}")
+    if len(held) and {*held.updates} != {0, *options.budgets}:
+        was = " ".join(map(str, sorted({*held.updates} - {0})))
+        raise mbrl.InputError(f"--out {options.out} holds fits with budgets {was}: choose another")
+    jobs = [
+        Job(task, data, f"{lr:g}", seed, cell, folder)
+        for task, data, folder in sets
+        for lr in options.lr
+        for seed in options.seeds
+        for cell in dict.fromkeys(options.cells)
+    ]
+    done = {*held[KEY].itertuples(index=False, name=None)}
+    todo = [job for job in jobs if job[:-1] not in done]
+    check_tasks(dict.fromkeys(job.task for job in todo if not job.folder))
+    return todo
+
+
+def make_folder(out: Path) -> None:
+    """The folder of the results; InputError if there can't be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise mbrl.InputError(f"--out {options.out}: {error.strerror}; choose another") from None
+        raise mbrl.InputError(f"--out {out}: {error.strerror}; choose another") from None
+
+
+def in_processes(do, todo: list, options: Options | Needed, fits: int, keep) -> None:
+    """Calls keep(do(item, options)) for all items, `do` in processes of their own."""
     context = multiprocessing.get_context("spawn")
-    counter, fits = context.Value("i", 0), len(CELLS) * len(options.seeds)
+    counter = context.Value("i", 0)
     pool = ProcessPoolExecutor(options.jobs, context, start_worker, (counter,))
-    with pool, tqdm(total=len(todo) * fits, unit="fit", disable=None) as bar:
+    with pool, tqdm(total=fits, unit="fit", disable=None) as bar:
         try:
-            waiting = {pool.submit(work, item, options): item for item in todo}
+            waiting = {pool.submit(do, item, options): item for item in todo}
             while waiting:
                 finished, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                 bar.update(counter.value - bar.n)
                 for future in finished:
                     bar.set_postfix_str(f"last {waiting.pop(future).task}")
-                    save(held, future.result(), options.out)
+                    keep(future.result())
         except BaseException:
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+def run(options: Options) -> None:
+    """Does what is left to do, and presents all that is there."""
+    todo, held = plan(options)
+    make_folder(options.out)
+    fits = len(todo) * len(CELLS) * len(options.seeds)
+    in_processes(work, todo, options, fits, lambda parts: save(held, parts, options.out))
     present(read(options.out), options.out)
+
+
+def run_needed(options: Needed) -> None:
+    """Does the fits that are left to do, each kept when finished, and presents all there are."""
+    todo = plan_needed(options)
+    make_folder(options.out)
+    keep = partial(save_needed, out=options.out)
+    in_processes(work_needed, todo, options, len(todo), keep)
+    present_needed(read_needed(options.out), options.out)
 
 
 def main() -> None:
@@ -438,7 +644,11 @@ def main() -> None:
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ[name] = "1"  # the workers inherit it
     try:
-        run(tyro.cli(Options, description=__doc__))
+        if sys.argv[1:2] == ["updates-needed"]:
+            name, words = f"{Path(__file__).name} {sys.argv[1]}", sys.argv[2:]
+            run_needed(tyro.cli(Needed, prog=name, args=words, description=__doc__))
+        else:
+            run(tyro.cli(Options, description=__doc__))
     except (mbrl.InputError, BrokenProcessPool, KeyboardInterrupt) as error:
         broken = isinstance(error, BrokenProcessPool)
         said = "a worker was killed; the same command goes on" if broken else str(error)

@@ -1,4 +1,6 @@
-"""Tables, statements and pictures of what benchmarks/mechanism.py measured; it calls `present`.
+"""Tables, statements and pictures of what benchmarks/mechanism.py measured.
+
+It calls `present` or, for `updates-needed`, `present_needed`.
 
 Errors are sampled ones, of the reward and of the state in units of their variance, and of the
 change, which is the state in units of the variance of s' - s; see mechanism.py for the equations.
@@ -26,6 +28,12 @@ QUESTIONS = [  # what is changed, the cell that has it, the cells it is held aga
     ("Predicting s' - w s - c, w per dimension", "normalized per-dimension", ENDS),
     ("Predicting what ridge regression leaves", "normalized ridge", ENDS),
 ]
+RESIDUAL = CELLS[2]  # what `updates-needed` holds the others against
+PARTS = {  # of `updates-needed`: column and words
+    "reward_sampled": "reward",
+    "slow_sampled": "slow dimensions",
+    "fast_sampled": "fast dimensions",
+}
 
 
 def by_policy(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -213,4 +221,151 @@ def present(held: dict[str, pd.DataFrame], out: Path) -> None:
     for metric, title in METRICS.items():
         draw_errors(fits, metric, out / f"errors_{title}.png")
     draw_dimensions(dimensions, out / "dimensions.png")
+    plt.close("all")
+
+
+def data_sets(fits: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Name and rows of each data set of `updates-needed`, buffers of runs first."""
+    order = fits.assign(is_random=fits.data == "random")
+    return [(name_of(*key[1:]), rows) for key, rows in order.groupby(["is_random", "task", "data"])]
+
+
+def when(holds: pd.Series, values: pd.Series, word: str) -> str:
+    """From what number of updates on, or never; with the last value unless it holds in the end."""
+    known = values.notna()
+    if not known.any():
+        return "-"
+    holds, values = holds[known], values[known]
+    last = f"{word} {values.iloc[-1]:.2g} at {values.index[-1]:,}"
+    first = f"{holds.idxmax():,}" if holds.any() else "never"
+    return first if holds.iloc[-1] else f"{first} ({last})"
+
+
+def curves(fits: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Data set, part and errors [updates, cells], means over seeds."""
+    cells, found = [cell for cell in CELLS if cell in {*fits.cell}], []
+    for name, rows in data_sets(fits):
+        for metric, part in PARTS.items():
+            errors = rows.groupby(["updates", "cell"])[metric].mean().unstack("cell")
+            found.append((name, part, errors.reindex(columns=cells)))
+    return found
+
+
+def over_residual(errors: pd.DataFrame) -> pd.DataFrame:
+    """Errors [updates, cells] of the other cells, as factors of the residual's."""
+    if RESIDUAL not in errors:
+        return errors[[]]
+    return errors.drop(columns=RESIDUAL).div(errors[RESIDUAL], axis=0)
+
+
+def table_needed(fits: pd.DataFrame) -> pd.DataFrame:
+    """By data set and part, after how many updates each target gets below 1 and to the residual."""
+    lines = []
+    for name, part, errors in curves(fits):
+        line = {"data": name, "sampled error of": part}
+        for cell, error in errors.items():
+            line[f"{cell.split()[-1]}: below 1"] = when(error < 1, error, "error")
+        for cell, factor in over_residual(errors).items():
+            line[f"{cell.split()[-1]} reaches residual"] = when(factor <= 1.1, factor, "factor")
+            line[f"{cell.split()[-1]} overtakes residual"] = when(factor < 0.9, factor, "factor")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def said_below(fits: pd.DataFrame) -> str:
+    """When each target's error in the slow dimensions is first below what a step changes."""
+    clauses, slow = [], [errors for _, part, errors in curves(fits) if part.startswith("slow")]
+    for cell in slow[0]:
+        known = [errors[cell].dropna() for errors in slow if errors[cell].notna().any()]
+        firsts = sorted(int((e < 1).idxmax()) for e in known if (e < 1).any())
+        after = f" (after {listed(firsts, '{:,}')} updates)" if firsts else ""
+        clauses.append(f"of `{cell}` on {len(firsts)} of {len(known)} data sets{after}")
+    return f"In slow dimensions the error falls below what a step changes: {'; '.join(clauses)}."
+
+
+def said_reaches(fits: pd.DataFrame) -> str:
+    """On how many data sets each target ends at, or below, the residual's error."""
+    factors, clauses = [(part, over_residual(errors)) for _, part, errors in curves(fits)], []
+    for cell in factors[0][1]:
+        counts = []
+        for part in PARTS.values():
+            end = pd.concat([f[cell].dropna().iloc[-1:] for name, f in factors if name == part])
+            below = f"more than 10 % below it on {(end < 0.9).sum()}"
+            counts.append(f"{part} on {(end <= 1.1).sum()} of {len(end)} data sets ({below})")
+        clauses.append(f"`{cell}` is at most 10 % above that of `{RESIDUAL}` in {listed(counts)}")
+    end = f"In the end, after {fits.updates.max():,} updates, the error of {'; '.join(clauses)}."
+    return end if clauses else ""
+
+
+def needed(fits: pd.DataFrame) -> str:
+    """The statements and the table of `updates-needed`, for each step size of Adam."""
+    blocks = []
+    for lr, rows in fits[fits.updates > 0].groupby("lr"):
+        sizes = []
+        for name, part in data_sets(rows):
+            slow, fast = part[["slow_dims", "fast_dims"]].iloc[0]
+            sizes.append(f"{name} {slow} and {fast}")
+        blocks += [
+            f"## Adam step size {lr}",
+            f"{said_below(rows)} {said_reaches(rows)}",
+            f"Sampled errors, means of {rows.seed.nunique()} seeds: of the reward in units of "
+            "Var(r), of each dimension of the state in units of Var(s'_i - s_i), which is below a "
+            f"tenth of Var(s_i) in slow ones. Slow and fast ones: {'; '.join(sizes)}. Below 1, "
+            "reaches (at most 10 % above the residual's after as many updates) and overtakes (more "
+            "than 10 % below it) name the first measurement at which that holds; in brackets "
+            "stands how it ends, unless it holds at the last, too.",
+            markdown(table_needed(rows)),
+        ]
+    return "\n\n".join([*blocks, ""])
+
+
+def draw_needed(fits: pd.DataFrame, file: Path) -> None:
+    """A column per data set and a row per part: error by updates, thin lines for single seeds."""
+    sets, cells = data_sets(fits), [cell for cell in CELLS if cell in {*fits.cell}]
+    figure, grid = plt.subplots(
+        *(len(PARTS), len(sets)),
+        figsize=(1.5 + 2.3 * len(sets), 7),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+    )
+    for column, (name, rows) in zip(grid.T, sets, strict=True):
+        for axes, (metric, part) in zip(column, PARTS.items(), strict=True):
+            for cell in cells:
+                color, seeds = f"C{CELLS.index(cell)}", rows[rows.cell == cell].groupby("seed")
+                for _, seed in seeds:
+                    axes.plot(seed.updates, seed[metric], color=color, lw=0.7, alpha=0.6)
+                mean = rows[rows.cell == cell].groupby("updates")[metric].mean()
+                axes.plot(mean, color=color, lw=2, marker=".", label=cell.split()[-1])
+            axes.set(xscale="log", yscale="log")
+            if part != "reward":
+                axes.axhline(1, color="black", ls=":", lw=1)
+                count = int(rows[metric.replace("sampled", "dims")].iloc[0])
+                axes.set_title(f"{count} {part}", fontsize=8)
+            if rows[metric].isna().all():
+                reason = "constant" if part == "reward" else "none"
+                axes.text(0.5, 0.5, reason, ha="center", transform=axes.transAxes)
+        source = "random policy\n" if (rows.data == "random").all() else f"buffer of\n{name}"
+        column[0].set_title(f"{rows.task.iloc[0]}\n{source}", fontsize=8)
+    shown = sorted({*fits.updates})[::3]
+    grid[0, 0].set_xticks(shown, [f"{n:,}" for n in shown], fontsize=8)
+    grid[0, 0].minorticks_off()
+    grid[0, 0].set_ylabel("reward\n(1: its variance)")
+    for axes, part in zip(grid[1:, 0], ("slow", "fast"), strict=True):
+        axes.set_ylabel(f"{part} dimensions\n(1: change per step)")
+    figure.supxlabel("updates")
+    figure.supylabel("sampled error")
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(cells), title="what is predicted")
+    figure.savefig(file, dpi=110)
+
+
+def present_needed(fits: pd.DataFrame, out: Path) -> None:
+    """Writes needed.md, and the pictures: needed.png at the scripts' step size of 1e-3."""
+    if not len(fits):
+        return
+    (out / "needed.md").write_text(needed(fits))
+    for lr, rows in fits[fits.updates > 0].groupby("lr"):
+        draw_needed(rows, out / ("needed.png" if lr == "0.001" else f"needed_lr_{lr}.png"))
     plt.close("all")

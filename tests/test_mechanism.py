@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mechanism") / "out"
     mechanism.run(mechanism.Options((POLE, TWO_POLES), out=folder, jobs=1, **TINY))
     return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The folder of a run of 40 steps, all of them random."""
+    root = tmp_path_factory.mktemp("runs")
+    settings = {"env_id": POLE, "run_root": str(root), "total_timesteps": 40}
+    few = {"learning_starts": 40, "eval_frequency": 0, "compile": False, "buffer_size": 100}
+    sac.train(sac.Args(**settings, **few))
+    return root / f"{POLE}__sac__1"
 
 
 @pytest.fixture
@@ -193,6 +204,9 @@ def test_errors_by_hand(rows):
     assert found["state_sampled"] == pytest.approx(sampled.mean(), rel=1e-4)
     assert found["state_sampled_worst"] == pytest.approx(sampled.max(), rel=1e-4)
     assert found["change_error"] == pytest.approx((error[live] / change[live]).mean(), rel=1e-4)
+    of_change = (error[live] / change[live], (error + noise)[live] / change[live])
+    assert found["change_error_by_dimension"] == pytest.approx(of_change[0], rel=1e-4)
+    assert found["change_by_dimension"] == pytest.approx(of_change[1], rel=1e-4)
     weighted = ((mean - held.targets.numpy()) ** 2 / np.exp(log_var)).mean(0)
     share = weighted[-1] / weighted.sum()
     assert found["reward_share_of_loss"] == pytest.approx(share, rel=1e-4)
@@ -293,20 +307,110 @@ def test_finished_tasks_are_kept(out, tmp_path):
     assert len(mechanism.plan(options)[0]) == 2
 
 
-def test_data_of_a_trained_policy(out, tmp_path):
+def test_data_of_a_trained_policy(out, run_folder, tmp_path):
     """A run folder of a script adds rows under its name, and a section of its own."""
-    settings = {"env_id": POLE, "run_root": str(tmp_path), "total_timesteps": 40}
-    few = {"learning_starts": 40, "eval_frequency": 0, "compile": False, "buffer_size": 100}
-    sac.train(sac.Args(**settings, **few))
-    run = tmp_path / f"{POLE}__sac__1"
     folder = shutil.copytree(out, tmp_path / "out")
-    options = mechanism.Options((), (run,), out=folder, **TINY)
+    options = mechanism.Options((), (run_folder,), out=folder, **TINY)
     (item,), held = mechanism.plan(options)
-    assert item[:3] == (POLE, run.name, 40)
+    assert item[:3] == (POLE, run_folder.name, 40)
     finish(item, held, options)
     assert "so many updates, medians of 1\n" in (folder / "summary.md").read_text()
-    assert f"## {POLE}, policy: {run.name}" in (folder / "tables.md").read_text()
+    assert f"## {POLE}, policy: {run_folder.name}" in (folder / "tables.md").read_text()
     assert not mechanism.plan(options)[0]
+
+
+def test_slow_and_fast_dimensions(rows):
+    """A dimension is slow if a step changes it little, by numpy; groups have mean and median."""
+    x, y = rows
+    s, change = x[:, :S].numpy(), (y[:, :S] - x[:, :S]).numpy()
+    slow = (change.var(0) < 0.1 * s.var(0))[1:]  # the first is constant
+    assert slow.tolist() == [True, True, False, True]
+    assert mechanism.is_slow(x, y).tolist() == slow.tolist()
+    by_dimension = {"change_by_dimension": [2.0, 3, 5, 7], "by_dimension": [1.0] * 4}
+    figures = {"updates": 5} | by_dimension | {"change_error_by_dimension": [1.0, 1, 2, 4]}
+    (line,) = mechanism.split([figures], torch.as_tensor(slow))
+    means = {"slow_dims": 3, "slow_error": 2, "slow_sampled": 4, "slow_sampled_median": 3}
+    means |= {"fast_dims": 1, "fast_error": 2, "fast_sampled": 5, "fast_sampled_median": 5}
+    assert line == {"updates": 5} | means
+    (line,) = mechanism.split([figures], torch.zeros(4, dtype=torch.bool))
+    assert line["slow_dims"] == 0
+    assert np.isnan(line["slow_sampled"])
+
+
+def test_a_buffer_is_read_as_the_scripts_write_it(run_folder):
+    """s, a, r and s' of the first rows are those of the script's own buffer."""
+    rows = torch.load(run_folder / "checkpoint.pt")["rows"]
+    data = sac.ReplayBuffer(1, 4, 1, torch.device("cpu")).unpack(rows[:30])
+    task, x, y = mechanism.read_buffer(run_folder, 30)
+    assert task == POLE
+    assert torch.equal(x, torch.cat([data.obs, data.action, torch.ones(30, 1)], 1).double())
+    assert torch.equal(y, torch.cat([data.next_obs, data.reward[:, None]], 1).double())
+    begins = (x[1:, :4] != y[:-1, :4]).any(1)  # an episode; all others go on where they were
+    assert 0 < begins.sum() < 15
+    assert set(y[:, -1].tolist()) == {0.0, 1.0}  # the reward of the pendulum: 0 at its fall
+
+
+def test_finished_fits_are_kept(run_folder, tmp_path, monkeypatch):
+    """What is done is left out, whatever the order; then the same command presents it all."""
+    words = f"updates-needed --buffers {run_folder} --tasks {POLE} --transitions 40 --hidden 8"
+    words += f" --budgets 5 10 --seeds 1 --lr 1e-3 3e-4 --no-compile --out {tmp_path}/out"
+    options = {"transitions": 40, "hidden": 8, "budgets": (5, 10), "seeds": (1,), "compile": False}
+    options |= {"lr": (1e-3, 3e-4), "out": tmp_path / "out"}
+    options = mechanism.Needed((run_folder,), (POLE,), **options)
+    todo = mechanism.plan_needed(options)
+    sets = [(POLE, run_folder.name), (POLE, "random")]
+    cells = [(lr, 1, cell) for lr in ("0.001", "0.0003") for cell in options.cells]
+    assert [job[:-1] for job in todo] == [(*one, *cell) for one in sets for cell in cells]
+    options.out.mkdir()
+    for done in (5, 0):
+        mechanism.save_needed(mechanism.work_needed(todo[done], options), options.out)
+    todo = [todo[i] for i in range(12) if i not in (0, 5)]
+    assert mechanism.plan_needed(options) == todo
+    for job in reversed(todo):
+        mechanism.save_needed(mechanism.work_needed(job, options), options.out)
+    assert not mechanism.plan_needed(options)
+
+    fits = pd.read_csv(options.out / "fits.csv")
+    assert len(fits) == 12 * 3  # measurements
+    ends = fits[fits.updates == 10].set_index(["data", "lr", "cell"]).state_error
+    assert ends.nunique() == 12  # every fit is another
+    monkeypatch.setattr(sys, "argv", ["mechanism.py", *words.split()])
+    mechanism.main()
+    assert {"needed.png", "needed_lr_0.0003.png"} < contents(options.out).keys()
+    said = (options.out / "needed.md").read_text()
+    assert said.count(f"\n| {run_folder.name} ") == 2 * 3  # step sizes, parts
+    for changed in ({"hidden": 9}, {"budgets": (5,)}, {"transitions": 39}):
+        with pytest.raises(mechanism.mbrl.InputError, match="choose another"):
+            mechanism.plan_needed(replace(options, **changed))
+
+
+def test_updates_needed_of_made_up_curves():
+    """The first measurement at which it holds, never, and what it ends with."""
+    curves = {"residual": [2, 1, 0.5, 0.5], "direct": [9, 1, 0.55, 0.4], "ridge": [1, 2, 3, 4.0]}
+    rows = []
+    for kind, errors in curves.items():
+        for updates, error in zip([10, 100, 1000, 2000], errors, strict=True):
+            for seed, factor in ((1, 0.5), (2, 1.5)):
+                row = {"task": POLE, "data": "random", "seed": seed, "updates": updates}
+                row |= {"cell": f"normalized {kind}", "slow_sampled": factor * error}
+                rows.append(row | {"reward_sampled": np.nan, "fast_sampled": factor})
+    table = mechanism_report.table_needed(pd.DataFrame(rows)).set_index("sampled error of")
+    slow = table.loc["slow dimensions"]
+    assert slow["residual: below 1"] == slow["direct: below 1"] == "1,000"
+    assert slow["ridge: below 1"] == "never (error 4 at 2,000)"
+    assert slow["direct reaches residual"] == "100"
+    assert slow["direct overtakes residual"] == "2,000"
+    assert slow["ridge reaches residual"] == "10 (factor 8 at 2,000)"
+    assert table.loc["fast dimensions", "direct reaches residual"] == "10"
+    assert table.loc["fast dimensions", "direct overtakes residual"] == "never (factor 1 at 2,000)"
+    assert set(table.loc["reward"][1:]) == {"-"}
+    said = mechanism_report.said_below(pd.DataFrame(rows))
+    assert "of `normalized direct` on 1 of 1 data sets (after 1,000 updates)" in said
+    assert "of `normalized ridge` on 0 of 1 data sets." in said
+    said = mechanism_report.said_reaches(pd.DataFrame(rows))
+    direct, ridge = said.split(";")
+    assert "slow dimensions on 1 of 1 data sets (more than 10 % below it on 1)" in direct
+    assert "slow dimensions on 0 of 1 data sets (more than 10 % below it on 0)" in ridge
 
 
 def table_of_fits(**errors: list[float]) -> pd.DataFrame:
@@ -373,20 +477,37 @@ def test_dimensions_are_counted_by_autocorrelation():
             f"--tasks {POLE} --transitions 300 --out {{out}}/cut",
             "cut: one of its CSV files is damaged; choose",
         ),
+        ("updates-needed --buffers {out}/nope", "nope: there is no checkpoint.pt in it"),
+        ("updates-needed --buffers {out}/damaged", "damaged: its checkpoint.pt is damaged"),
+        ("updates-needed --buffers {out}/empty", "holds 0 transitions, fewer than the 20000"),
+        ("updates-needed --buffers {run}", "holds 40 transitions, fewer than the 20000 to fit"),
+        (
+            "updates-needed --buffers {out}/shape --transitions 40",
+            "shape: its transitions have 10 numbers, not 11 as its policy's have",
+        ),
+        ("updates-needed --buffers {run} {run} --transitions 40", "each only once"),
+        ("updates-needed --tasks", "must name something"),
+        ("updates-needed --tasks dmc/walker-rum", "did you mean dmc/walker-run"),
+        ("updates-needed --cells direct", "--cells must be of raw residual, raw direct, "),
+        ("updates-needed --lr 0", "--lr must be different numbers of at least 1e-09, not 0"),
+        (f"updates-needed --tasks {POLE} --out {{out}}/cut", "cut: its fits.csv is damaged"),
     ],
 )
-def test_bad_input_is_one_line(main, out, tmp_path, words, said):
+def test_bad_input_is_one_line(main, out, run_folder, tmp_path, words, said):
     """It says what is wrong, ends with 2, and neither writes nor harms anything."""
     folder = shutil.copytree(out, tmp_path / "out")
-    for name in ("damaged", "cut"):
+    for name in ("damaged", "cut", "empty", "shape"):
         (folder / name).mkdir()
     (folder / "file").write_text("")
     (folder / "damaged" / "checkpoint.pt").write_bytes(b"cut short")
     for name in mechanism.FILES:
         (folder / "cut" / f"{name}.csv").write_text("task,dat")
+    saved = torch.load(run_folder / "checkpoint.pt")
+    torch.save(saved | {"rows": saved["rows"][:0]}, folder / "empty" / "checkpoint.pt")
+    torch.save(saved | {"rows": saved["rows"][:, 1:]}, folder / "shape" / "checkpoint.pt")
     before = listing(tmp_path)
     default = "" if "--out" in words else f" --out {tmp_path}/new"
-    code, stderr = main(words.format(out=folder) + default)
+    code, stderr = main(words.format(out=folder, run=run_folder) + default)
     assert code == 2
     assert said in one_error(stderr)
     assert listing(tmp_path) == before
