@@ -153,7 +153,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     try:
         with warnings.catch_warnings(action="ignore"):  # libraries' words about libraries
             import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
-            import_module(module or "gymnasium")
+            if module:
+                import_module(module)
             if name not in gym.registry:
                 suite = import_module("dm_control.suite").ALL_TASKS
                 known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in suite)]
@@ -239,10 +240,14 @@ class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch s
 
 
 class ReplayBuffer:
-    """Ring of the last `capacity` transitions, each a row [s, a, r, s', terminated]."""
+    """Ring of the last `capacity` transitions, one row each; InputError if memory is too small."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.parts = [obs_dim, action_dim, 1, obs_dim, 1]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
+        if (size := 4 * capacity * sum(self.parts)) > memory:
+            raise InputError(f"the replay buffers need {size >> 30} GiB, {memory >> 30} GiB exist")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -264,14 +269,6 @@ class ReplayBuffer:
         """The parts of rows [..., 2S + A + 2]."""
         obs, action, reward, next_obs, terminated = rows.split(self.parts, -1)
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
-
-
-def check_memory(transitions: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
-    """Raises InputError if buffers of so many transitions, taken together, don't fit in memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
-    if (size := 4 * transitions * (2 * obs_dim + action_dim + 2)) > memory:
-        raise InputError(f"the replay buffers need {size >> 30} GiB, {memory >> 30} GiB exist")
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -422,8 +419,7 @@ def fit_ensemble(
     """
     order = torch.randperm(len(data.reward), **draw)
     held_out = min(int(args.holdout_ratio * len(order)), 5000)  # J
-    holdout = order[:held_out]
-    train = order[held_out:]
+    holdout, train = order[:held_out], order[held_out:]
     inputs = torch.cat([data.obs, data.action], -1)
     targets = model_targets(data)
     scaler = {"inputs": fit_scaler(inputs[train])}
@@ -467,8 +463,7 @@ def stop_early(learner: dict, learn, holdout_error, epoch: int, patience: int) -
     best = {name: p.clone() for name, p in weights.items()}
     best_error = torch.full_like(holdout_error(), math.inf)  # [E]
     kept = torch.zeros_like(best_error)  # [E]
-    done = 0
-    stale = 0
+    done, stale = 0, 0
     while stale <= patience:
         for _ in range(epoch):
             loss = learn()
@@ -508,9 +503,8 @@ def model_metrics(model: dict, net: Ensemble, held: Batch, targets: Tensor, nois
     inputs = normalize(torch.cat([held.obs, held.action], -1), model["scaler"]["inputs"])
     elites = members(model["learner"]["params"], model["elites"])
     mean, log_var = functional_call(net, elites, (inputs,))  # [K, H, S + 1]
-    squared = (mean - targets) ** 2
-    spread = fit_scaler(targets)[1]  # [S + 1]
-    error = squared.mean((0, 1)) / spread**2
+    squared, std = (mean - targets) ** 2, fit_scaler(targets)[1]
+    error = squared.mean((0, 1)) / std**2  # [S + 1]
     weighted = (squared / log_var.exp()).mean((0, 1))
     next_obs, _ = predict(model, net, held.obs, held.action, noise)
     change = fit_scaler(held.next_obs - held.obs)[1]  # [S]
@@ -522,7 +516,7 @@ def model_metrics(model: dict, net: Ensemble, held: Batch, targets: Tensor, nois
         "change_error_mean": change_error.mean(),
         "change_error_worst": change_error.max(),
         "reward_share_of_loss": weighted[-1] / weighted.sum(),
-        "reward_std_ratio": (log_var[..., -1] / 2).exp().mean() / spread[-1],
+        "reward_std_ratio": (log_var[..., -1] / 2).exp().mean() / std[-1],
     }
 
 
@@ -545,28 +539,24 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
 
 def rollout(model, actor, starts: Batch, horizon, step_model, terminates, draw: dict) -> Tensor:
     """Rows of up to `horizon` steps from each of B states; every step draws its elite and noise."""
-    obs = starts.obs
-    alive = torch.ones_like(starts.reward, dtype=torch.bool)
+    obs, alive = starts.obs, torch.ones_like(starts.reward, dtype=torch.bool)
     rows, reached = [], []  # of every step: [B, 2S + A + 2], and whether a branch got there [B]
     for _ in range(horizon):
         choice = torch.randint(len(model["elites"]), alive.shape, **draw)
         model_noise = torch.randn(len(obs), obs.shape[1] + 1, **draw)
-        action_noise = torch.randn(starts.action.shape, **draw)
-        noise = (action_noise, model_noise)
+        noise = (torch.randn(starts.action.shape, **draw), model_noise)
         action, next_obs, reward = step_model(model, actor, obs, choice, noise)
         terminated = terminates(obs, action, next_obs)
         parts = [obs, action, reward[:, None], next_obs, terminated[:, None]]
         rows.append(torch.cat(parts, -1))
         reached.append(alive)
-        obs = next_obs
-        alive = alive & ~terminated
+        obs, alive = next_obs, alive & ~terminated
     return torch.cat(rows)[torch.cat(reached)] if horizon > 1 else rows[0]
 
 
 def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
     """A ring of another capacity with the newest of the buffer's transitions, in order of age."""
-    obs_dim, action_dim = buffer.parts[:2]
-    new = ReplayBuffer(capacity, obs_dim, action_dim, buffer.rows.device)
+    new = ReplayBuffer(capacity, *buffer.parts[:2], buffer.rows.device)
     ages = torch.arange(buffer.added - len(buffer), buffer.added, device=buffer.rows.device)
     new.add(buffer.rows[ages[-capacity:] % len(buffer.rows)])
     return new
@@ -745,22 +735,8 @@ def setup_torch(args: Args, device: torch.device):
     return partial(torch.compile, fullgraph=True, dynamic=False, disable=not compiles)
 
 
-def pace(clock: tuple[int, float], step: int) -> float:
-    """Steps per second since the clock (step, seconds) was started."""
-    return (step - clock[0]) / (time.perf_counter() - clock[1])
-
-
-def log(writer: SummaryWriter, group: str, values: dict, step: int) -> None:
-    """Writes values by name to TensorBoard."""
-    for name, value in values.items():
-        writer.add_scalar(f"{group}/{name}", value, step)
-
-
 def train(args: Args) -> dict:
-    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file.
-
-    Raises InputError; FloatingPointError if the run diverges; OSError if its end can't be saved.
-    """
+    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file."""
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
@@ -768,8 +744,9 @@ def train(args: Args) -> dict:
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     terminates = termination_function(args)
     per_horizon = 1000 * args.rollouts_per_step  # synthetic transitions, times the horizon (J)
-    longest = max(args.rollout_schedule[2:])
-    check_memory(args.buffer_size + per_horizon * longest, *dims, device)
+    most = args.buffer_size + per_horizon * max(args.rollout_schedule[2:])
+    ReplayBuffer(most, *dims, device)  # raises now if both buffers won't fit at their longest
+    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     run_dir, settings, saved = open_run(args, device)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
@@ -777,7 +754,6 @@ def train(args: Args) -> dict:
     agent = sac_init(nets, args.alpha, device)
     nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
     model = {"learner": adam_init(nets["ensemble"], device)}
-    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         start, episode, seconds, evaluations = saved["progress"]
@@ -785,8 +761,8 @@ def train(args: Args) -> dict:
         draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
-    capacity = per_horizon * rollout_horizon(start, args.rollout_schedule)
-    synthetic = ReplayBuffer(capacity, *dims, device)
+    horizon = rollout_horizon(start, args.rollout_schedule)
+    synthetic = ReplayBuffer(per_horizon * horizon, *dims, device)
     if saved:
         learner = restored(saved["model"]["learner"], model["learner"], run_dir)
         model = saved["model"] | {"learner": learner}
@@ -795,8 +771,8 @@ def train(args: Args) -> dict:
     if saved and start == args.total_timesteps:
         print(f"{run_dir} has all its {start} steps: a larger --total-timesteps goes on")
         return {"evaluations": evaluations, "agent": agent}
-    resumes = f"goes on after step {start}" if saved else "no checkpoint yet, begins at step 0"
-    print(run_dir, "on", device, f"({resumes})" if args.resume else "", flush=True)
+    resumes = f": goes on after step {start}" if saved else ": no checkpoint yet, begins at step 0"
+    print(f"{run_dir} on {device}{resumes if args.resume else ''}", flush=True)
 
     jit = setup_torch(args, device)
     update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
@@ -808,9 +784,8 @@ def train(args: Args) -> dict:
         folder = str(run_dir / "videos")
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda n: n % args.eval_episodes == 0)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
-    table = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
-    bar, clock = tqdm(disable=True), None  # both begin when the first updates are done
+    writer.add_text("hyperparameters", f"```\n{json.dumps(settings, indent=2)}\n```", start)
+    bar, learned = tqdm(disable=True), None  # the time left is counted from the first updates on
     began, checkpointed, over, metrics = time.perf_counter() - seconds, start, True, {}
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
@@ -835,25 +810,25 @@ def train(args: Args) -> dict:
             episode_return, length = episode_return + reward, length + 1
             bar.update()
             if over:
-                ended = {"episode_return": episode_return, "episode_length": length}
-                log(writer, "train", ended, step)
+                writer.add_scalar("train/episode_return", episode_return, step)
+                writer.add_scalar("train/episode_length", length, step)
 
         if step >= args.learning_starts:
-            if clock is None:
+            if learned is None:
                 tqdm.write(f"step {step}: compiling the updates and fitting the model")
             if (step - args.learning_starts) % args.model_train_frequency == 0:
                 first = step == args.learning_starts
                 steps = args.model_first_updates if first else args.model_updates
-                data = buffer.unpack(buffer.rows[: len(buffer)])
-                parts = data, steps, update_model, nets["ensemble"], args, draw
-                model, fit = fit_ensemble(model["learner"], *parts)
+                data, net = buffer.unpack(buffer.rows[: len(buffer)]), nets["ensemble"]
+                learner = model["learner"]
+                model, fit = fit_ensemble(learner, data, steps, update_model, net, args, draw)
                 check_finite(step, **{f"model {name}": value for name, value in fit.items()})
-                log(writer, "model", fit, step)
-            capacity = per_horizon * rollout_horizon(step, args.rollout_schedule)
-            if capacity != len(synthetic.rows):
-                synthetic = resized(synthetic, capacity)
-            starts = buffer.unpack(buffer.sample(args.rollouts_per_step, draw=draw))
+                for name, value in fit.items():
+                    writer.add_scalar(f"model/{name}", value, step)
             horizon = rollout_horizon(step, args.rollout_schedule)
+            if horizon * per_horizon != len(synthetic.rows):
+                synthetic = resized(synthetic, horizon * per_horizon)
+            starts = buffer.unpack(buffer.sample(args.rollouts_per_step, draw=draw))
             actor = agent["actor"]["params"]
             synthetic.add(rollout(model, actor, starts, horizon, step_model, terminates, draw))
             real = int(args.real_ratio * args.batch_size)
@@ -862,16 +837,16 @@ def train(args: Args) -> dict:
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
-            if clock is None:
-                clock = step, time.perf_counter()
+            if learned is None:
+                learned = step, time.perf_counter()
                 bar = tqdm(total=args.total_timesteps, initial=step, smoothing=0, disable=None)
             if step % 1000 == 0:
-                log(writer, "sac", metrics, step)
-                log(writer, "train", {"steps_per_second": pace(clock, step)}, step)
+                for name, value in metrics.items():
+                    writer.add_scalar(f"sac/{name}", value, step)
                 for name, part in {"real": rows[:, :real], "synthetic": rows[:, real:]}.items():
                     if part.numel():
-                        rewards = buffer.unpack(part).reward
-                        log(writer, "sac", {f"{name}_reward": rewards.mean()}, step)
+                        mean = buffer.unpack(part).reward.mean()
+                        writer.add_scalar(f"sac/{name}_reward", mean, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
             check_finite(step, **metrics, **agent["actor"]["params"])
@@ -881,11 +856,14 @@ def train(args: Args) -> dict:
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
             write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
-            log(writer, "eval", {"return": numbers[0], "critic_bias": bias}, step)
+            writer.add_scalar("eval/return", numbers[0], step)
+            writer.add_scalar("eval/critic_bias", bias, step)
             text = "step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers)
-            if clock and (rate := pace(clock, step)):
+            if learned and step > learned[0]:
+                rate = (step - learned[0]) / (time.perf_counter() - learned[1])
                 left = tqdm.format_interval((args.total_timesteps - step) / rate)
                 text += f"  {rate:.3g} steps/s, {left} left"
+                writer.add_scalar("train/steps_per_second", rate, step)
             tqdm.write(text)
             sys.stdout.flush()
 
@@ -905,8 +883,7 @@ def train(args: Args) -> dict:
         opened.close()
     if args.track:
         import_module("wandb").finish()
-    kept = "eval.csv and checkpoint.pt" if every else "eval.csv (--checkpoint-frequency is 0)"
-    print(f"{run_dir}: {args.total_timesteps} steps are done; kept are {kept}")
+    print(f"{run_dir}: {step} steps are done; saved eval.csv{' and checkpoint.pt' * (every > 0)}")
     return {"evaluations": evaluations, "agent": agent}
 
 

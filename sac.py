@@ -125,7 +125,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     try:
         with warnings.catch_warnings(action="ignore"):  # libraries' words about libraries
             import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
-            import_module(module or "gymnasium")
+            if module:
+                import_module(module)
             if name not in gym.registry:
                 suite = import_module("dm_control.suite").ALL_TASKS
                 known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in suite)]
@@ -175,10 +176,14 @@ class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch s
 
 
 class ReplayBuffer:
-    """Ring of the last `capacity` transitions, each a row [s, a, r, s', terminated]."""
+    """Ring of the last `capacity` transitions, one row each; InputError if memory is too small."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.parts = [obs_dim, action_dim, 1, obs_dim, 1]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
+        if (size := 4 * capacity * sum(self.parts)) > memory:
+            raise InputError(f"the replay buffers need {size >> 30} GiB, {memory >> 30} GiB exist")
         self.rows = torch.empty(capacity, sum(self.parts), device=device)  # [capacity, 2S + A + 2]
         self.added = 0  # transitions ever added
 
@@ -200,14 +205,6 @@ class ReplayBuffer:
         """The parts of rows [..., 2S + A + 2]."""
         obs, action, reward, next_obs, terminated = rows.split(self.parts, -1)
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
-
-
-def check_memory(transitions: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
-    """Raises InputError if buffers of so many transitions, taken together, don't fit in memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else memory
-    if (size := 4 * transitions * (2 * obs_dim + action_dim + 2)) > memory:
-        raise InputError(f"the replay buffers need {size >> 30} GiB, {memory >> 30} GiB exist")
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -450,34 +447,19 @@ def setup_torch(args: Args, device: torch.device):
     return partial(torch.compile, fullgraph=True, dynamic=False, disable=not compiles)
 
 
-def pace(clock: tuple[int, float], step: int) -> float:
-    """Steps per second since the clock (step, seconds) was started."""
-    return (step - clock[0]) / (time.perf_counter() - clock[1])
-
-
-def log(writer: SummaryWriter, group: str, values: dict, step: int) -> None:
-    """Writes values by name to TensorBoard."""
-    for name, value in values.items():
-        writer.add_scalar(f"{group}/{name}", value, step)
-
-
 def train(args: Args) -> dict:
-    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file.
-
-    Raises InputError; FloatingPointError if the run diverges; OSError if its end can't be saved.
-    """
+    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file."""
     check_args(args)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
-    check_memory(args.buffer_size, *dims, device)
+    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     run_dir, settings, saved = open_run(args, device)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
-    buffer = ReplayBuffer(args.buffer_size, *dims, device)
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         start, episode, seconds, evaluations = saved["progress"]
@@ -488,8 +470,8 @@ def train(args: Args) -> dict:
     if saved and start == args.total_timesteps:
         print(f"{run_dir} has all its {start} steps: a larger --total-timesteps goes on")
         return {"evaluations": evaluations, "agent": agent}
-    resumes = f"goes on after step {start}" if saved else "no checkpoint yet, begins at step 0"
-    print(run_dir, "on", device, f"({resumes})" if args.resume else "", flush=True)
+    resumes = f": goes on after step {start}" if saved else ": no checkpoint yet, begins at step 0"
+    print(f"{run_dir} on {device}{resumes if args.resume else ''}", flush=True)
 
     jit = setup_torch(args, device)
     update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
@@ -498,9 +480,8 @@ def train(args: Args) -> dict:
         folder = str(run_dir / "videos")
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda n: n % args.eval_episodes == 0)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
-    table = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
-    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", start)
-    bar, clock = tqdm(disable=True), None  # both begin when the first updates are done
+    writer.add_text("hyperparameters", f"```\n{json.dumps(settings, indent=2)}\n```", start)
+    bar, learned = tqdm(disable=True), None  # the time left is counted from the first updates on
     began, checkpointed, over, metrics = time.perf_counter() - seconds, start, True, {}
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
@@ -524,22 +505,22 @@ def train(args: Args) -> dict:
             episode_return, length = episode_return + reward, length + 1
             bar.update()
             if over:
-                ended = {"episode_return": episode_return, "episode_length": length}
-                log(writer, "train", ended, step)
+                writer.add_scalar("train/episode_return", episode_return, step)
+                writer.add_scalar("train/episode_length", length, step)
 
         if step >= args.learning_starts:
-            if clock is None:
+            if learned is None:
                 tqdm.write(f"step {step}: compiling the updates")
             rows = buffer.sample(args.updates_per_step, args.batch_size, draw=draw)
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
                 metrics = update(agent, buffer.unpack(rows[i]), noise[i])
-            if clock is None:
-                clock = step, time.perf_counter()
+            if learned is None:
+                learned = step, time.perf_counter()
                 bar = tqdm(total=args.total_timesteps, initial=step, smoothing=0, disable=None)
             if step % 1000 == 0:
-                log(writer, "sac", metrics, step)
-                log(writer, "train", {"steps_per_second": pace(clock, step)}, step)
+                for name, value in metrics.items():
+                    writer.add_scalar(f"sac/{name}", value, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
             check_finite(step, **metrics, **agent["actor"]["params"])
@@ -549,11 +530,14 @@ def train(args: Args) -> dict:
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
             write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
-            log(writer, "eval", {"return": numbers[0], "critic_bias": bias}, step)
+            writer.add_scalar("eval/return", numbers[0], step)
+            writer.add_scalar("eval/critic_bias", bias, step)
             text = "step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers)
-            if clock and (rate := pace(clock, step)):
+            if learned and step > learned[0]:
+                rate = (step - learned[0]) / (time.perf_counter() - learned[1])
                 left = tqdm.format_interval((args.total_timesteps - step) / rate)
                 text += f"  {rate:.3g} steps/s, {left} left"
+                writer.add_scalar("train/steps_per_second", rate, step)
             tqdm.write(text)
             sys.stdout.flush()
 
@@ -571,8 +555,7 @@ def train(args: Args) -> dict:
         opened.close()
     if args.track:
         import_module("wandb").finish()
-    kept = "eval.csv and checkpoint.pt" if every else "eval.csv (--checkpoint-frequency is 0)"
-    print(f"{run_dir}: {args.total_timesteps} steps are done; kept are {kept}")
+    print(f"{run_dir}: {step} steps are done; saved eval.csv{' and checkpoint.pt' * (every > 0)}")
     return {"evaluations": evaluations, "agent": agent}
 
 

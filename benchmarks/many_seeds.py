@@ -109,17 +109,13 @@ class ManySeeds:
         script.open_run = lambda args, device: open_run(replace(args, **settings), device)
         own = partial(tree_map_only, Tensor, torch.clone)  # without others' share of the memory
         script.write_file = lambda path, content: write_file(path, own(content))
+        self.jit = script.setup_torch(self.args, self.device)
         self.in_place, script.in_place = script.in_place, self.call
         script.model_step = partial(self.call, getattr(script, "model_step", None))
         script.tqdm = partial(self.progress)
         script.tqdm.write = lambda text, **to: tqdm.write(f"{self.name()}: {text}", **to)
+        script.tqdm.format_interval = tqdm.format_interval
         self.line = tqdm(total=self.args.total_timesteps * len(self.seeds), disable=None)  # of all
-        try:  # a first graph, to see whether there is a compiler, as in the scripts
-            graph = torch.compile(torch.cos, disable=not self.args.compile)
-            graph(torch.ones(1, device=self.device))
-        except Exception as error:
-            print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
-            self.args = replace(self.args, compile=False)
         threads = [threading.Thread(target=self.run, name=x, daemon=True) for x in self.names]
         with self.conductor:
             try:
@@ -154,19 +150,16 @@ class ManySeeds:
             del self.awaited[slot]
             self.conductor.notify()
 
-    def progress(self, initial: int, **_) -> SimpleNamespace:
+    def progress(self, initial: int = 0, disable: bool | None = None, **_) -> SimpleNamespace:
         """Stands in for a run's own progress line: its part of the line of all."""
 
         def update() -> None:
             if self.stop:
                 raise Stopped
-            self.line.update()
-
-        def show(text: str) -> None:
-            self.line.set_postfix_str(f"{self.name()}: {text}")
+            self.line.update(not disable)
 
         self.line.update(initial)
-        return SimpleNamespace(update=update, set_postfix_str=show, close=lambda: None)
+        return SimpleNamespace(update=update, close=lambda: None)
 
     def call(self, function: Callable, *args, **fixed):
         """Stands in for an update: takes the call down, and after the last of a step waits."""
@@ -226,10 +219,9 @@ class ManySeeds:
             new, metrics = function(state, *inputs)
             return tree_map(partial(torch.where, live), new, state), metrics
 
-        jit = partial(torch.compile, fullgraph=True, dynamic=False, disable=not self.args.compile)
         if not updates:
-            return jit(torch.vmap(function))
-        return jit(partial(self.in_place, torch.vmap(update)), mode="reduce-overhead")
+            return self.jit(torch.vmap(function))
+        return self.jit(partial(self.in_place, torch.vmap(update)), mode="reduce-overhead")
 
     def adopt(self, call: Call) -> None:
         """Moves a run's state into the stack of all runs' states, where it is not there yet."""
@@ -256,6 +248,7 @@ class ManySeeds:
 
 def load(path: Path):
     """A script as a module of its own, in which names can be replaced."""
+    sys.path.insert(0, str(path.resolve().parent))  # where modules of tasks may lie, too
     spec = util.spec_from_file_location("script_of_many_seeds", path)
     sys.modules[spec.name] = module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -271,7 +264,7 @@ def measure(path: Path, args, counts: list[int]) -> None:
     import pandas as pd  # here, because training does without
 
     steps, threads, rows = math.ceil(200 / args.updates_per_step), torch.get_num_threads(), []
-    short = {"learning_starts": 300, "total_timesteps": 300 + steps, "model_max_updates": 10}
+    short = {"learning_starts": 300, "total_timesteps": 300 + steps, "model_first_updates": 10}
     short |= {"eval_frequency": 0, "checkpoint_frequency": 0, "buffer_size": 1000}
     short = {name: value for name, value in short.items() if hasattr(args, name)}
     for n in counts:

@@ -4,11 +4,12 @@ A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.
 a run's own folder, with TensorBoard events instead of scalars.csv, will do as well. Published
 figures stand, with their source, in benchmarks/published.csv.
 
-Intervals: the middle 95 % of 10,000 stratified bootstrap samples, which draw seeds with replacement
-within each task (Agarwal et al. 2021, arXiv 2108.13264). One seed gives none: [-].
+Intervals: the middle 95 % of 10,000 bootstrap samples, which draw seeds with replacement (Agarwal
+et al. 2021, arXiv 2108.13264). One seed gives none: [-].
 """
 
 import argparse
+import ast
 import hashlib
 import inspect
 import json
@@ -17,18 +18,19 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy import stats
+from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"dmc/walker-run": 50, "Hopper-v5": 500}  # returns to reach, within the first curves
+PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/reward_error": ("reward error / variance", "log"),
@@ -59,7 +61,7 @@ def read_events(folder: Path) -> pd.DataFrame:
 
 def read_run(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
     """Settings, evaluations (step, mean, ...) and scalars (step, tag, value) of a run."""
-    kinds = {"env_id": str, "exp_name": str} | dict.fromkeys(
+    kinds = {"script": str, "env_id": str, "exp_name": str} | dict.fromkeys(
         ["seed", "total_timesteps", "eval_frequency", "updates_per_step"], int
     )
     file = folder / "args.json"
@@ -79,6 +81,40 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
         raise InputError(f"{folder} is no run that can be read: {file.name}: {reason}") from None
 
 
+def code_of(source: str) -> str:
+    """SHA-256 of what Python executes of a script: of no comment, docstring or layout."""
+
+    def plain(node):
+        if isinstance(node, ast.AST):  # without what is empty, which differs between Pythons
+            parts = ((name, plain(value)) for name, value in ast.iter_fields(node))
+            return type(node).__name__, [part for part in parts if part[1] not in (None, [])]
+        if not isinstance(node, list):
+            return node
+        words = (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant) for x in node)
+        return [plain(x) for x, said in zip(node, words, strict=True) if not said]
+
+    return hashlib.sha256(repr(plain(ast.parse(source))).encode()).hexdigest()
+
+
+@cache
+def origin(script: str, source: str) -> dict:
+    """Code and commit of the version of a script with this SHA-256; the commit may yet be None."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True)
+    known = shutil.which("git") and git(["git", "rev-list", "--all", "--", script]).stdout.decode()
+    texts = {x: git(["git", "show", f"{x}:./{script}"]).stdout for x in (known or "").split()}
+    for commit, text in (texts | {None: path.read_bytes() for path in ROOT.glob(script)}).items():
+        if hashlib.sha256(text).hexdigest() == source:
+            return {"code": code_of(text.decode()), "commit": commit}
+    return {}
+
+
+def mark(args: dict) -> str:
+    """The sign of a run that was made by other code than that of today's script."""
+    made = args if "code" in args else origin(args["script"], args.get("source", ""))
+    today = [code_of(path.read_text()) for path in ROOT.glob(args["script"])]
+    return "" if made.get("code") in today else " †"
+
+
 def load(results: Path) -> pd.DataFrame:
     """Every run under a folder, long: task, run (its title), length, seed, step, tag, value."""
     frames = []
@@ -87,7 +123,7 @@ def load(results: Path) -> pd.DataFrame:
         returns = evaluations[["step"]].assign(tag="return", value=evaluations["mean"])
         frame = pd.concat([returns, scalars[scalars.tag.isin(TRAINING)]])
         updates = args["updates_per_step"]
-        title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
+        title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step{mark(args)}"
         names = {"task": args["env_id"], "run": title, "seed": args["seed"]}
         frames.append(frame.assign(**names, length=args["total_timesteps"]))
     if not frames:
@@ -96,8 +132,8 @@ def load(results: Path) -> pd.DataFrame:
 
 
 def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By run, the values of one tag: a row per step, a column per task and seed, NaN where none."""
-    shape = {"index": "step", "columns": ["task", "seed"], "values": "value", "aggfunc": "last"}
+    """By run, the values of one tag on one task: a row per step, a column per seed, or NaN."""
+    shape = {"index": "step", "columns": "seed", "values": "value", "aggfunc": "last"}
     return {title: run.pivot_table(**shape) for title, run in rows.groupby("run")}
 
 
@@ -108,39 +144,23 @@ def published(task: str) -> pd.core.groupby.DataFrameGroupBy:
     return figures.groupby(["algorithm", "source", "seeds"], sort=False)
 
 
-def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean: the mean without the lowest and the highest quarter, rounded down."""
-    return stats.trim_mean(x, 0.25, axis=axis)
-
-
-def interval(strata: list[np.ndarray], statistic=np.mean) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of a statistic of all seeds; strata [..., seeds], one per task.
-
-    NaN where a task has one seed. Equal strata give equal intervals.
-    """
-    if min(stratum.shape[-1] for stratum in strata) < 2:
-        return (np.full(strata[0].shape[:-1], math.nan),) * 2
-
-    def of_all(*strata, axis):
-        return statistic(np.concatenate(strata, axis), axis=axis)
-
+def interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of the mean of scores [..., seeds]; NaN for one seed."""
+    if scores.shape[-1] < 2:
+        return (np.full(scores.shape[:-1], math.nan),) * 2
     options = {"n_resamples": 10_000, "batch": 1000, "method": "percentile", "rng": 0}
-    return tuple(stats.bootstrap(strata, of_all, axis=-1, **options).confidence_interval)
+    return tuple(bootstrap([scores], np.mean, axis=-1, **options).confidence_interval)
 
 
-def cell(curves: pd.DataFrame, step: int, statistic=np.mean) -> str:
-    """A statistic at a step, its interval, and of how many seeds if not all are there yet.
-
-    Empty if no seed of some task is there.
-    """
+def cell(curves: pd.DataFrame, step: int) -> str:
+    """The mean at a step, its interval, and of how many seeds if not all are there yet."""
     scores = curves.reindex([step]).loc[step].dropna()
-    strata = [task.to_numpy() for _, task in scores.groupby(level="task")]
-    if len(strata) < curves.columns.get_level_values("task").nunique():
+    if scores.empty:
         return ""
-    low, high = interval(strata, statistic)
+    low, high = interval(scores.to_numpy())
     between = "-" if np.isnan(low) else f"{low:.0f}, {high:.0f}"
     some = f" ({len(scores)} of {curves.shape[1]} seeds)" if len(scores) < curves.shape[1] else ""
-    return f"{statistic(scores.to_numpy()):.0f} [{between}]{some}"
+    return f"{scores.mean():.0f} [{between}]{some}"
 
 
 def steps_to_reach(curves: pd.DataFrame, goal: float) -> str:
@@ -156,37 +176,49 @@ def steps_to_reach(curves: pd.DataFrame, goal: float) -> str:
     return f"{median:,.0f}" + (f" ({some})" if there < len(first) else "")
 
 
-def table(name: str, returns: pd.DataFrame) -> str:
-    """A Markdown table of the returns on one task or on several together, then published ones.
+def paired(curves: dict[str, pd.DataFrame]) -> list[str]:
+    """How far PAIR's first run is ahead of its second, by seed, at the last step of both."""
+    lines, (one, other) = [], PAIR
+    for title in curves:
+        rival = title.replace(f"{one},", f"{other},")
+        if rival != title and rival in curves:
+            ahead = (curves[title] - curves[rival]).dropna(axis=1, how="all").dropna()
+            said = f"{one} less {other}{title.removeprefix(one)}, by seed, at step"
+            for step in ahead.index[-1:]:
+                lines.append(f"\n{said} {step:,}: {cell(ahead, step)}, {ahead.shape[1]} seeds.")
+    return lines
+
+
+def table(task: str, rows: pd.DataFrame) -> str:
+    """A Markdown table of the returns on a task, then published ones, and what is paired.
 
     Its columns are the evaluated steps next to half and all of the length of each run.
     """
-    task = name if returns.task.nunique() == 1 else ""
+    returns, biases = (rows[rows.tag == tag] for tag in ("return", "eval/critic_bias"))
+    curves_by_run, biases = curves_of(returns), curves_of(biases)
     marks = [mark for length in returns.length.unique() for mark in (length / 2, length)]
     steps = sorted({min(returns.step, key=lambda step: abs(step - mark)) for mark in marks})
     goal = [f"steps to {GOALS[task]:,}"] if task in GOALS else []
-    rows = [["run", "seeds", *(f"{step:,}" for step in steps), "IQM at its end", *goal]]
+    rows = [["run", "seeds", *(f"{step:,}" for step in steps), "critic bias at its end", *goal]]
     rows.append(["---"] * len(rows[0]))
-    for title, curves in curves_of(returns).items():
-        cells = [cell(curves, step) for step in steps]
-        cells.append(cell(curves, curves.dropna().index.max(), iqm))
+    for title, curves in curves_by_run.items():
+        cells, bias = [cell(curves, step) for step in steps], biases.get(title, curves[:0])
+        cells.append(cell(bias, bias.dropna().index.max()))
         cells += [steps_to_reach(curves, GOALS[task])] if goal else []
         rows.append([title, str(curves.shape[1]), *cells])
     for (algorithm, source, seeds), points in published(task):
         at = {point.step: f"{point.mean} ± {point.std}" for point in points.itertuples()}
         cells = [at.get(step, "") for step in steps]
         rows.append([f"{algorithm} ({source})", str(seeds), *cells, "", *("" for _ in goal)])
-    return "\n".join([f"**{name}**\n", *(f"| {' | '.join(row)} |" for row in rows)])
+    lines = [f"**{task}**\n", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines + paired(curves_by_run))
 
 
 def tables(data: pd.DataFrame) -> str:
-    """A table for every task, and one of the suite's tasks together, where there are several."""
-    returns = data[data.tag == "return"]
-    made = [table(task, rows) for task, rows in returns.groupby("task")]
-    suite = returns[returns.task.str.startswith("dmc/")]
-    if (count := suite.task.nunique()) > 1:
-        complete = suite.groupby("run").filter(lambda run: run.task.nunique() == count)
-        made += [table(f"The {count} tasks of dmc/ together", complete)] if len(complete) else []
+    """A table for every task, and what their sign of other code means."""
+    made = [table(task, rows) for task, rows in data.groupby("task")]
+    if data.run.str.endswith("†").any():
+        made.append("† Made by other code than that of today's script.")
     return "\n\n".join(made)
 
 
@@ -196,7 +228,7 @@ def draw_runs(axis, rows: pd.DataFrame, colors: list[str]) -> None:
         color, whole = f"C{colors.index(title.split(',')[0])}", curves.dropna()
         axis.plot(curves, color=color, linewidth=0.6, alpha=0.6)
         axis.plot(whole.mean(axis=1), color=color, linewidth=1.8, label=title)
-        axis.fill_between(whole.index, *interval([whole.to_numpy()]), color=color, alpha=0.15)
+        axis.fill_between(whole.index, *interval(whole.to_numpy()), color=color, alpha=0.15)
     axis.set_xlabel("environment step")
     axis.locator_params(axis="x", nbins=5)
     axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -318,10 +350,10 @@ def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
     parts["results"] = f"""\
 ![Mean return by environment step, one panel per task]({link}/curves.png)
 
-Mean return at an environment step [95 % bootstrap interval over seeds; - for one seed]; IQM is the
-interquartile mean. Steps to a return: the first evaluation that reaches it, median over seeds.
-Published: mean ± standard deviation over seeds. In the figure, thin lines are seeds, thick ones
-their mean, bands its interval, and points are published.
+Mean return at an environment step, and mean critic bias (see "What TensorBoard shows"), with
+[95 % bootstrap interval over seeds; - for one seed]. Steps to a return: the first evaluation that
+reaches it, median over seeds. Published: mean ± standard deviation over seeds. In the figure, thin
+lines are seeds, thick ones their mean, bands its interval, and points are published.
 
 {tables(data)}"""
     if "training" in figures_of(data):
@@ -386,6 +418,7 @@ def renew(results: Path, write: bool) -> list[Path]:
 def record(folders: list[Path], results: Path) -> None:
     """Copies finished runs into a folder of results; all are read before any is written."""
     free = "run_root checkpoint_frequency device compile capture_video track resume overwrite"
+    free += " source code commit"
     runs = {}
     for folder in folders:
         args, evaluations, _ = read_run(folder)
@@ -394,17 +427,18 @@ def record(folders: list[Path], results: Path) -> None:
             raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
         if last + args["eval_frequency"] <= end:
             raise InputError(f"{folder} is at step {last:,} of {end:,}: --resume it to its end")
-        target = results / f"{args['env_id'].replace('/', '-')}__{args['exp_name']}__{args['seed']}"
+        task = re.sub("[/:]", "-", args["env_id"])
+        target = results / f"{task}__{args['exp_name']}__{args['seed']}"
         held = read_run(target)[0] if target.exists() else args
         for name in sorted((held.keys() & args.keys()) - {*free.split()}):
             if held[name] != args[name]:
                 change = f"{name} {held[name]}, not {args[name]}"
                 raise InputError(f"{target} holds a run with {change}: remove it to replace it")
-        runs[target] = folder, scalars
-    for target, (folder, scalars) in runs.items():
+        runs[target] = folder, args | origin(args["script"], args.get("source", "")), scalars
+    for target, (folder, args, scalars) in runs.items():
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("args.json", "eval.csv"):
-            shutil.copyfile(folder / name, target / name)
+        (target / "args.json").write_text(json.dumps(args, indent=2) + "\n")
+        shutil.copyfile(folder / "eval.csv", target / "eval.csv")
         scalars.to_csv(target / "scalars.csv", index=False, float_format="%.6g")
         print(f"recorded {target}")
 

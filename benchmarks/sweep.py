@@ -5,8 +5,8 @@
     python benchmarks/sweep.py GRID.toml --cluster slurm --partition gpu --hours 24 --gpus 1
 
 In a block of the grid every key but `scripts` is a flag, with its value as on the command line; a
-list is an axis. Keys above the blocks hold for all of them. Each run needs a folder of its own:
-exp-name tells apart those of one task and seed.
+list is an axis. Keys above the blocks hold for all of them. All runs of one seed come before those
+of the next. Each run needs a folder of its own: exp-name tells apart those of one task and seed.
 
     run-root = "runs/first"
     seed = [1, 2]
@@ -79,7 +79,7 @@ class Run:
 
     command: list[str]
     folder: Path
-    settings: dict  # as in args.json, but for run_root
+    settings: dict  # as in args.json, but for run_root and source
     threads: int
     log: IO | None = None
     process: subprocess.Popen | None = None
@@ -259,12 +259,12 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
             raise InputError(str(error).replace(scratch, str(root))) from None
     command = [sys.executable, str(ROOT / name), "--run-root", str(root), "--resume"]
     command += itertools.chain.from_iterable(itertools.starmap(words, flags.items()))
-    del settings["run_root"]  # what is done may be moved
+    del settings["run_root"], settings["source"]  # what is done may be moved, the script edited
     return Run(command, folder, settings, threads=1 if local else options.cpus)
 
 
 def read_grid(options: Options) -> list[Run]:
-    """The runs of a grid; InputError, with the number of the block, for the first mistake."""
+    """The runs of a grid, seed by seed; InputError, with the block's number, if it has a fault."""
     place, runs = f"{options.grid}", {}
     try:
         shared = tomllib.loads(options.grid.read_text())
@@ -286,7 +286,7 @@ def read_grid(options: Options) -> list[Run]:
                 runs[run.folder] = run
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
-    return list(runs.values())
+    return sorted(runs.values(), key=lambda run: run.settings["seed"])
 
 
 def watch(runs: list[Run], start, limit: int) -> dict[Run, str]:

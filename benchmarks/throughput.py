@@ -63,9 +63,9 @@ of 256. Rollouts: 400 branches of one step. Steps of a run: walker-run with the 
 but for evaluations and checkpoints, which are off, and fits, which are ten times as frequent and as
 short, {} updates every {} steps; mbrl-lib's parts are one environment step, as many SAC and model
 updates as ours made per step, and 400 rollouts. Median and range are those of the rounds; "ours
-over it" is taken round by round. A fit is its updates, their batches, and after every epoch the
-errors on its holdout, here of 2,000 transitions beside 8,000 to learn from. Start: seconds of the
-first two calls, most of them compilation; of a run, until the first fit is done.
+over it" is taken round by round. A fit is its updates, their batches, and the errors on its
+holdout, here of 2,000 transitions beside 8,000 to learn from. Start: seconds of the first two
+calls, most of them compilation; of a run, until the first fit is done.
 """
 
 

@@ -39,7 +39,8 @@ class Camera(gym.Wrapper):
 
     def __init__(self, env: gym.Env, path: Path):
         super().__init__(env)
-        interval = getattr(env.unwrapped, "dt", None) or 1 / env.metadata["render_fps"]  # seconds
+        interval = getattr(env.unwrapped, "dt", None)  # seconds
+        interval = interval or 1 / env.metadata.get("render_fps", 25)
         self.every = max(1, round(1 / (25 * interval)))
         shown = self.every * interval  # seconds, of one frame
         gif = path.suffix == ".gif"
@@ -111,7 +112,7 @@ def watch(run: Path, episodes: int, seed: int | None, video: Path) -> list[float
     try:
         env = script.make_env(args.env_id, render=True)
     except script.InputError as error:  # of the registry, of the environment, of the renderer
-        raise InputError(str(error).replace("--capture-video: ", "")) from None
+        raise InputError(str(error)) from None
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     nets = {"actor": script.mlp(dims[0], 2 * dims[1]), "critic": script.Critic(*dims)}
     try:

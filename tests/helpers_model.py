@@ -2,20 +2,10 @@
 
 import torch
 
-import mbpo
-import mbpo_ftfl
-import mbpo_residual_ablation
 import sac
 
 S, A = 5, 3  # dimensions of the made-up task's states and actions
 CPU = torch.device("cpu")
-ALL = [sac, mbpo, mbpo_ftfl, mbpo_residual_ablation]
-WITH_MODEL = ALL[1:]
-
-
-def name_of(script) -> str:
-    """The name of a script among a test's parameters."""
-    return script.__name__
 
 
 def seeded(seed: int = 0) -> dict:
@@ -23,11 +13,11 @@ def seeded(seed: int = 0) -> dict:
     return {"generator": torch.Generator().manual_seed(seed), "device": "cpu"}
 
 
-def random_batch(script, *shape: int):
+def random_batch(*shape: int) -> sac.Batch:
     """Random transitions of any batch shape, a third of which ended the episode."""
     obs, action = torch.randn(*shape, S), torch.rand(*shape, A) * 2 - 1
     next_obs, terminated = torch.randn(*shape, S), (torch.rand(shape) < 1 / 3).to(obs.dtype)
-    return script.Batch(obs, action, torch.randn(shape), next_obs, terminated)
+    return sac.Batch(obs, action, torch.randn(shape), next_obs, terminated)
 
 
 def flat(tree, prefix: str = "") -> dict:

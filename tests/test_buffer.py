@@ -4,21 +4,22 @@ from collections import deque
 
 import pytest
 import torch
-from helpers_model import ALL, CPU, WITH_MODEL, A, S, name_of, random_batch, seeded
+from helpers_model import CPU, A, S, random_batch, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-every_script = pytest.mark.parametrize("script", ALL, ids=name_of)
-scripts_with_model = pytest.mark.parametrize("script", WITH_MODEL, ids=name_of)
+import mbpo
+import sac
+
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 fillings = st.integers(1, 9).flatmap(
     lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(0, capacity), max_size=8))
 )
 
 
-def fill(script, capacity: int, sizes: list[int]) -> tuple:
+def fill(capacity: int, sizes: list[int]) -> tuple:
     """A buffer and its model after adds of these sizes; every row holds its own number."""
-    buffer, model, number = script.ReplayBuffer(capacity, S, A, CPU), deque(maxlen=capacity), 0
+    buffer, model, number = sac.ReplayBuffer(capacity, S, A, CPU), deque(maxlen=capacity), 0
     for size in sizes:
         number = add(buffer, model, number, size)
     return buffer, model
@@ -33,13 +34,12 @@ def add(buffer, model: deque, number: int, size: int) -> int:
     return number + size
 
 
-@every_script
 @quick
 @given(filling=fillings)
-def test_buffer_holds_the_newest_transitions(script, filling):
+def test_buffer_holds_the_newest_transitions(filling):
     """It holds what a deque of its capacity holds, and each row stays whole."""
     capacity, sizes = filling
-    buffer, model = fill(script, capacity, sizes)
+    buffer, model = fill(capacity, sizes)
     stored = buffer.rows[: len(buffer)]
     assert buffer.rows.shape == (capacity, 2 * S + A + 2)
     assert (len(buffer), buffer.added) == (len(model), sum(sizes))
@@ -47,46 +47,42 @@ def test_buffer_holds_the_newest_transitions(script, filling):
     assert sorted(stored[:, 0].tolist()) == list(model)
 
 
-@every_script
 @quick
 @given(filling=fillings)
-def test_sample_draws_all_stored_rows_and_no_others(script, filling):
+def test_sample_draws_all_stored_rows_and_no_others(filling):
     """Many draws meet every stored transition; memory not yet written is never drawn."""
     capacity, sizes = filling
-    buffer, model = fill(script, capacity, [*sizes, 1])
+    buffer, model = fill(capacity, [*sizes, 1])
     buffer.rows[len(buffer) :] = torch.nan
     rows = buffer.sample(20, 15, draw=seeded())
     assert rows.shape == (20, 15, 2 * S + A + 2)
     assert set(rows[..., 0].flatten().tolist()) == set(model)
 
 
-@every_script
-def test_sample_is_uniform(script):
+def test_sample_is_uniform():
     """Every stored row is drawn equally often, to 5 standard deviations."""
-    buffer, _ = fill(script, 8, [8])
+    buffer, _ = fill(8, [8])
     counts = buffer.sample(80_000, draw=seeded())[:, 0].long().bincount(minlength=8)
     assert (counts - 10_000).abs().max() < 5 * (80_000 * 1 / 8 * 7 / 8) ** 0.5
 
 
-@every_script
 @pytest.mark.parametrize("shape", [(4,), (2, 3), ()])
-def test_unpack_takes_a_row_apart_as_it_was_put_together(script, shape):
+def test_unpack_takes_a_row_apart_as_it_was_put_together(shape):
     """A row is s, a, r, s', terminated; r and terminated lose their dimension."""
-    batch = random_batch(script, *shape)
+    batch = random_batch(*shape)
     parts = [batch.obs, batch.action, batch.reward[..., None], batch.next_obs]
     rows = torch.cat([*parts, batch.terminated[..., None]], -1)
-    unpacked = script.ReplayBuffer(1, S, A, CPU).unpack(rows)
+    unpacked = sac.ReplayBuffer(1, S, A, CPU).unpack(rows)
     assert unpacked._fields == ("obs", "action", "reward", "next_obs", "terminated")
     assert all(torch.equal(x, y) for x, y in zip(unpacked, batch, strict=True))
 
 
-@scripts_with_model
 @quick
 @given(filling=fillings, capacity=st.integers(1, 12), later=st.lists(st.integers(0, 3), max_size=6))
-def test_resized_keeps_the_newest_in_order_of_age(script, filling, capacity, later):
+def test_resized_keeps_the_newest_in_order_of_age(filling, capacity, later):
     """Grown or shrunk, it holds the newest by age, and later adds go over the oldest first."""
-    buffer, model = fill(script, *filling)
-    new, kept = script.resized(buffer, capacity), deque(model, maxlen=capacity)
+    buffer, model = fill(*filling)
+    new, kept = mbpo.resized(buffer, capacity), deque(model, maxlen=capacity)
     assert len(new.rows) == capacity
     assert new.rows[: len(new), 0].tolist() == list(kept)
     number = sum(filling[1])
@@ -95,9 +91,13 @@ def test_resized_keeps_the_newest_in_order_of_age(script, filling, capacity, lat
         assert sorted(new.rows[: len(new), 0].tolist()) == list(kept)
 
 
-@every_script
-def test_buffer_larger_than_memory_is_refused(script):
-    """What does not fit is an InputError that says how much there is; what fits is made."""
-    with pytest.raises(script.InputError, match=r"needs \d+ GiB, \d+ GiB exist"):
-        script.ReplayBuffer(10**12, S, A, CPU)
-    assert len(script.ReplayBuffer(10, S, A, CPU)) == 0
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_does_not_fit_in_memory_is_refused(monkeypatch, device):
+    """One transition of 4 (2S + A + 2) bytes more than there is memory is an InputError."""
+    system = {"SC_PAGE_SIZE": 2**20, "SC_PHYS_PAGES": 3072 if device == "cpu" else 1}
+    monkeypatch.setattr(sac.os, "sysconf", system.get)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 3 << 30))
+    most = (3 << 30) // (4 * (2 * S + A + 2))
+    sac.check_memory(most, S, A, torch.device(device))
+    with pytest.raises(sac.InputError, match="need 3 GiB, 3 GiB exist"):
+        sac.check_memory(most + 1, S, A, torch.device(device))

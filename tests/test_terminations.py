@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers_model import WITH_MODEL, name_of
 
 import mbpo
 
@@ -161,21 +160,29 @@ def test_double_pendulum_may_miss_its_bound_by_a_hundredth_of_a_step():
             mbpo.check_termination(*check[:-1], True)
 
 
-@pytest.mark.parametrize("script", WITH_MODEL, ids=name_of)
-def test_where_no_condition_is_known(script):
+def test_where_no_condition_is_known():
     """Unknown tasks are refused unless said never to end; dm_control's tasks never do."""
-    with pytest.raises(script.InputError, match=r"Pendulum-v1.*--never-terminates"):
-        script.termination_function(script.Args(env_id="Pendulum-v1"))
+    with pytest.raises(mbpo.InputError, match=r"Pendulum-v1.*--never-terminates"):
+        mbpo.termination_function(mbpo.Args(env_id="Pendulum-v1"))
     states = torch.full((2, 4, 3), torch.nan)
     for args in [
-        script.Args(env_id="Pendulum-v1", never_terminates=True),
-        script.Args(env_id="Hopper-v5", never_terminates=True),
-        script.Args(env_id="dmc/hopper-hop"),
-        script.Args(env_id="HalfCheetah-v5"),
+        mbpo.Args(env_id="Pendulum-v1", never_terminates=True),
+        mbpo.Args(env_id="Hopper-v5", never_terminates=True),
+        mbpo.Args(env_id="dmc/hopper-hop"),
+        mbpo.Args(env_id="HalfCheetah-v5"),
     ]:
-        ended = script.termination_function(args)(states, states[..., :1], states)
+        ended = mbpo.termination_function(args)(states, states[..., :1], states)
         assert ended.dtype == torch.bool
         assert ended.tolist() == [[False] * 4] * 2
+
+
+def test_module_and_version_do_not_change_the_condition():
+    """A task named with the module that registers it ends where it does without."""
+    states = torch.tensor([ALL_HEALTHY["Hopper"]] * 2)
+    states[1, 0] = 0.6
+    for env_id in ("Hopper-v5", "Hopper-v4", "gymnasium.envs.mujoco:Hopper-v5"):
+        terminates = mbpo.termination_function(mbpo.Args(env_id=env_id))
+        assert terminates(states, torch.zeros(2, 1), states).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("task", ALL_HEALTHY)

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from serve import BATCH, FILLED, UPDATES, channel, serve, setting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import mbpo_ftfl as script
 
 FUNCTIONS = {"sac_update", "model_update", "model_step"}  # those that train() compiles
-FIT_EVERY, FIT_UPDATES = 25, 250  # of whole runs: ten updates of the ensemble per step
+FIT_EVERY, FIT_UPDATES = 25, 50  # of whole runs: two updates of the ensemble per step
 
 
 class Ready(Exception):
@@ -149,16 +150,16 @@ def update_setups(task: dict, run: Run) -> dict:
         return once
 
     def model():
-        """An epoch of a fit, without its evaluation: 32 updates of the ensemble."""
+        """32 updates of the ensemble, as in a fit, on the last 8,192 transitions."""
         update, (learner, *_), _ = run.first["model_update"]
-        data = buffer.unpack(buffer.rows[: 32 * BATCH])
+        data, members = buffer.unpack(buffer.rows[: 32 * BATCH]), script.Args.ensemble_size
         x, y = torch.cat([data.obs, data.action], -1), script.model_targets(data)
+        bootstrap = torch.randint(len(x), (members, len(x)), **draw)
 
         def once() -> int:
-            shuffled = torch.rand(script.Args.ensemble_size, len(x), **draw).argsort(1)
-            for first in range(0, len(x), BATCH):
-                index = shuffled[:, first : first + BATCH]
-                update(learner, x[index], y[index])
+            for _ in range(32):
+                rows = bootstrap.gather(1, torch.randint(len(x), (members, BATCH), **draw))
+                update(learner, F.embedding(rows, x), F.embedding(rows, y))
             return 32
 
         return once
@@ -266,9 +267,9 @@ def serve_steps(task: dict) -> None:
     """
     run, (requests, answer), start = Run(task["script"], task["device"]), channel(), 0
     request, began = next(requests), time.perf_counter()
-    period = FIT_EVERY if hasattr(run.own.Args, "model_max_updates") else 1
-    settings = {"model_train_frequency": FIT_EVERY, "model_max_updates": FIT_UPDATES}
-    settings |= {"env_id": task["env_id"], "model_patience": sys.maxsize}
+    period = FIT_EVERY if hasattr(run.own.Args, "model_updates") else 1
+    settings = {"model_train_frequency": FIT_EVERY, "env_id": task["env_id"]}
+    settings |= {"model_first_updates": FIT_UPDATES, "model_updates": FIT_UPDATES}
 
     def on_step(step: int) -> None:
         nonlocal request, start, began
@@ -303,7 +304,7 @@ def main() -> None:
             raise Ready
 
     with suppress(Ready):  # after a fit, a rollout and the updates of a step
-        run.train(on_step, env_id=task["env_id"], learning_starts=1000, model_max_updates=20)
+        run.train(on_step, env_id=task["env_id"], learning_starts=1000, model_first_updates=20)
     setups = update_setups(task, run) | {"env": partial(environment, task["env_id"])}
     for kind in ("sac", "model"):
         shapes = products(kind, task["obs"], task["action"])[0]
