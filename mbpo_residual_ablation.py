@@ -18,7 +18,7 @@ networks, each on its own bootstrap sample of the real transitions, learns state
 Run: python mbpo_residual_ablation.py --env-id dmc/walker-run --seed 3
 Differs from mbpo_ftfl.py in: predicts s' - s. Other cells: --no-normalize-targets is mbpo.py,
 --no-predict-residual is mbpo_ftfl.py, both are raw s'.
-Defaults: MBPO is above, SAC arXiv 1812.05905, J github.com/jannerm/mbpo, S CLeARoboticsLab/STFL.
+Defaults: MBPO arXiv 1906.08253, SAC 1812.05905, J github.com/jannerm/mbpo, S CLeARoboticsLab/STFL.
 """
 
 import difflib
@@ -56,24 +56,24 @@ class Args:
     env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, a Gymnasium id, or <module>:<id>
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (S)
-    learning_starts: int = 10_000  # environment steps of uniform random actions, counted (S)
+    learning_starts: int = 10_000  # environment steps of uniform random actions, of the total (S)
     updates_per_step: int = 20  # SAC updates per environment step (MBPO, table 1; J, S)
     ensemble_size: int = 7  # networks in the ensemble (MBPO, table 1; J, S)
     num_elites: int = 5  # networks that rollouts draw from, those of least holdout error (J, S)
     model_hidden: int = 200  # units in each of the four hidden layers (MBPO, table 1; J, S)
     model_lr: float = 1e-3  # Adam step size of the ensemble (J)
     model_train_frequency: int = 250  # environment steps between fits (J, S)
-    model_first_updates: int = 10_000  # gradient steps of the first fit (benchmarks/README.md)
-    model_updates: int = 500  # gradient steps of every later fit (S: 5,000)
+    model_first_updates: int = 10_000  # gradient steps of the first fit (README; S: 5,000)
+    model_updates: int = 500  # gradient steps of every later fit (README; S: 5,000)
     model_patience: int | None = None
-    """epochs without an improvement by 1 % after which a fit ends, instead of the above (J: 5)"""
+    """more epochs than this without a 1 % better member end a fit, not a number of steps (J: 5)"""
     normalize_targets: bool = True  # targets at unit scale (FTFL) or raw (J)
     predict_residual: bool = True  # predict s' - s (J) or s' (FTFL)
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
-    """START END FROM TO: horizon FROM up to environment step START, TO from END (J); 1 is of S"""
-    real_ratio: float = 0.05  # share of real transitions in a SAC batch (MBPO; J, S)
+    """START END FROM TO: the horizon grows from FROM at step START to TO at step END (J); S: 1"""
+    real_ratio: float = 0.05  # share of real transitions in a SAC batch, rounded down (MBPO; J, S)
     never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
     gamma: float = 0.99  # discount factor (SAC, table 1; J, S)
@@ -197,7 +197,7 @@ def check_finite(step: int, **quantities) -> None:
             raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
 
 
-HEALTHY = {  # by Gymnasium task: does it go on at s'? Of s [S, ...], a [A, ...], s' [S, ...]
+HEALTHY = {  # by Gymnasium task: does the episode go on? Of s [S, ...], a [A, ...], s' = n [S, ...]
     "Hopper": lambda s, a, n: (n[0] > 0.7) & (n[1].abs() < 0.2) & (n[1:].abs() < 100).all(0),
     "Walker2d": lambda s, a, n: (n[0] > 0.8) & (n[0] < 2) & (n[1].abs() < 1),
     "Ant": lambda s, a, n: (n[0] >= 0.2) & (n[0] <= 1) & n.isfinite().all(0),
@@ -264,9 +264,9 @@ class ReplayBuffer:
         self.added += len(rows)
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
-        """Rows [*shape, 2S + A + 2], drawn uniformly with replacement."""
+        """Rows [*shape, 2S + A + 2], drawn uniformly; `draw` is torch.rand*'s generator, device."""
         index = torch.randint(len(self), shape, **draw)
-        return F.embedding(index, self.rows)  # self.rows[index], which is slower on a CPU
+        return F.embedding(index, self.rows)  # self.rows[index], but faster on a CPU
 
     def unpack(self, rows: Tensor) -> Batch:
         """The parts of rows [..., 2S + A + 2]."""
@@ -369,15 +369,10 @@ class Ensemble(nn.Module):
         return mean, self.min_log_var + F.softplus(log_var - self.min_log_var)
 
 
-def members(params: dict, index: Tensor) -> dict:
-    """The parameters of some members of the ensemble; the bounds belong to all."""
-    return {name: p if name.endswith("log_var") else p[index] for name, p in params.items()}
-
-
 def fit_scaler(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [n] of rows [N, n]; a dimension that is constant gets 1 (J)."""
     std, mean = torch.std_mean(x, 0, correction=0)
-    constant = (x.amax(0) == x.amin(0)) | (std < 1e-12)
+    constant = (x.amax(0) == x.amin(0)) | (std < 1e-12)  # rounding leaves a constant some std
     return mean, torch.where(constant, 1.0, std)
 
 
@@ -415,21 +410,22 @@ def model_update(learner: dict, x: Tensor, y: Tensor, net: Ensemble, args: Args)
 def fit_ensemble(
     learner: dict, data: Batch, updates: int, update, net: Ensemble, args: Args, draw: dict
 ) -> tuple[dict, dict]:
-    """Fits the ensemble to N real transitions; returns the model and the metrics of the fit.
+    """Fits the ensemble further to N real transitions; returns the model and the fit's metrics.
 
-    Each member takes `updates` gradient steps on its own bootstrap sample of the training split,
-    and keeps its last weights (S); with `--model-patience` it stops early instead (J). The elites
-    are the members of least error on the holdout, which serves for nothing else (S).
+    Weights and Adam's moments carry over; split, scalers and bootstrap samples are drawn anew. Each
+    member takes `updates` steps and keeps its last weights (S), or stops early (`stop_early`, J).
+    Elites are those of least error on the holdout, which earlier fits have partly trained on (J).
     """
     order = torch.randperm(len(data.reward), **draw)
     held_out = min(int(args.holdout_ratio * len(order)), 5000)  # J
     holdout, train = order[:held_out], order[held_out:]
     inputs = torch.cat([data.obs, data.action], -1)
     targets = model_targets(data, args.predict_residual)
+    inflation = fit_scaler(targets)[1][:-1] / fit_scaler(data.next_obs - data.obs)[1]  # [S]
     scaler = {"inputs": fit_scaler(inputs[train])}
     inputs = normalize(inputs, scaler["inputs"])
     if args.normalize_targets:
-        scaler["targets"] = fit_scaler(targets[train])
+        scaler["targets"] = fit_scaler(targets[train])  # m and d
         targets = normalize(targets, scaler["targets"])
     bootstrap = train[torch.randint(len(train), (args.ensemble_size, len(train)), **draw)]
 
@@ -453,24 +449,22 @@ def fit_ensemble(
 
     error = holdout_error()
     elites = error.argsort()[: args.num_elites]
-    model = {"learner": learner, "scaler": scaler, "elites": elites}
     metrics = {"loss": loss, "updates": updates, "holdout_mse": error[elites].mean()}
-    held = Batch(*(part[holdout] for part in data))
-    noise = torch.randn(held_out, targets.shape[1], **draw)
-    residual = args.predict_residual
-    return model, metrics | model_metrics(model, net, held, targets[holdout], noise, residual)
+    mean, log_var = functional_call(net, learner["params"], (inputs[holdout],))  # [E, H, S + 1]
+    metrics |= model_metrics(mean[elites], log_var[elites], targets[holdout], inflation)
+    return {"learner": learner, "scaler": scaler, "elites": elites}, metrics
 
 
 def stop_early(learner: dict, learn, holdout_error, epoch: int, patience: int) -> tuple:
     """Learns until more than `patience` epochs in a row improve no member's error by 1 % (J).
 
-    Each member then goes back to its weights after its own best epoch. Returns the last loss and
-    the number of gradient steps that are kept, the mean over members.
+    Each member then goes back to its weights after its own best epoch; bounds and Adam's moments
+    stay. Returns the last loss and the number of gradient steps kept, the mean over members.
     """
-    weights = {name: p for name, p in learner["params"].items() if not name.endswith("log_var")}
+    weights = {name: p for name, p in learner["params"].items() if "log_var" not in name}
     best = {name: p.clone() for name, p in weights.items()}
-    best_error = torch.full_like(holdout_error(), math.inf)  # [E]
-    kept = torch.zeros_like(best_error)  # [E]
+    best_error = torch.full_like(weights["weights.0"][:, 0, 0], math.inf)  # [E]
+    kept = torch.zeros_like(best_error)
     done, stale = 0, 0
     while stale <= patience:
         for _ in range(epoch):
@@ -478,8 +472,7 @@ def stop_early(learner: dict, learn, holdout_error, epoch: int, patience: int) -
         done += epoch
         error = holdout_error()
         improved = error < 0.99 * best_error
-        best_error[improved] = error[improved]
-        kept[improved] = done
+        best_error[improved], kept[improved] = error[improved], done
         for name, p in weights.items():
             best[name][improved] = p[improved]
         stale = 0 if improved.any() else stale + 1
@@ -488,45 +481,26 @@ def stop_early(learner: dict, learn, holdout_error, epoch: int, patience: int) -
     return loss, kept.mean()
 
 
-def predict(model: dict, net: Ensemble, obs, action, noise: Tensor, residual: bool) -> tuple:
-    """s' [K, B, S] and r [K, B] after s [B, S], a [B, A], drawn by each of the K elites.
+def model_metrics(mean: Tensor, log_var: Tensor, targets: Tensor, inflation: Tensor) -> dict:
+    """How K elites' mean and log variance [K, H, S + 1] fit held-out targets y [H, S + 1].
 
-    noise [B, S + 1] is standard normal.
+    reward_error, state_error   E[(mu - y)^2] / Var[y], of the network's own targets
+    change_error                E[(mu - y)^2 + sigma^2], what rollouts draw, but in units of
+                                Var[s' - s]: at 1, s' is off by as much as one step changes it;
+                                `inflation` [S] is Std[y] / Std[s' - s] before any scaling
+    reward_share_of_loss        the reward's part of sum_i E[(mu_i - y_i)^2 / sigma_i^2] (FTFL)
+    reward_std_ratio            E[sigma] / Std[y] of the reward (FTFL)
     """
-    inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
-    elites = members(model["learner"]["params"], model["elites"])
-    mean, log_var = functional_call(net, elites, (inputs,))  # [K, B, S + 1]
-    y = mean + (log_var / 2).exp() * noise
-    if "targets" in model["scaler"]:
-        center, scale = model["scaler"]["targets"]
-        y = center + scale * y
-    state, reward = y[..., :-1], y[..., -1]
-    return obs + state if residual else state, reward
-
-
-def model_metrics(model: dict, net: Ensemble, held: Batch, targets, noise, residual: bool) -> dict:
-    """How the elites fit H held-out transitions and their targets [H, S + 1]; noise [H, S + 1].
-
-    reward_error and state_error are E[(mu - y)^2] / Var[y]; change_error is E[(s'_e - s')^2] /
-    Var[s' - s] of the s'_e that rollouts draw, so that 1 is as wrong as a step changes; the
-    reward's share is that of its dimension in sum E[(mu - y)^2 / sigma^2]; the last is
-    E[sigma] / Std[y] of the reward (the figures that FTFL looks at).
-    """
-    inputs = normalize(torch.cat([held.obs, held.action], -1), model["scaler"]["inputs"])
-    elites = members(model["learner"]["params"], model["elites"])
-    mean, log_var = functional_call(net, elites, (inputs,))  # [K, H, S + 1]
     squared, std = (mean - targets) ** 2, fit_scaler(targets)[1]
     error = squared.mean((0, 1)) / std**2  # [S + 1]
+    sampled = error + log_var.exp().mean((0, 1)) / std**2
     weighted = (squared / log_var.exp()).mean((0, 1))
-    next_obs, _ = predict(model, net, held.obs, held.action, noise, residual)
-    change = fit_scaler(held.next_obs - held.obs)[1]  # [S]
-    change_error = ((next_obs - held.next_obs) ** 2).mean((0, 1)) / change**2
     return {
         "reward_error": error[-1],
         "state_error_mean": error[:-1].mean(),
         "state_error_worst": error[:-1].max(),
-        "change_error_mean": change_error.mean(),
-        "change_error_worst": change_error.max(),
+        "change_error_mean": (sampled[:-1] * inflation**2).mean(),
+        "change_error_worst": (sampled[:-1] * inflation**2).max(),
         "reward_share_of_loss": weighted[-1] / weighted.sum(),
         "reward_std_ratio": (log_var[..., -1] / 2).exp().mean() / std[-1],
     }
@@ -535,7 +509,7 @@ def model_metrics(model: dict, net: Ensemble, held: Batch, targets, noise, resid
 def rollout_horizon(step: int, schedule: tuple[int, int, int, int]) -> int:
     """Steps of a model rollout, a whole number on the line of --rollout-schedule (J)."""
     start, end, low, high = schedule
-    return low + (min(max(step, start), end) - start) * (high - low) // max(end - start, 1)
+    return low + (min(max(step, start), end) - start) * (high - low) // (end - start)
 
 
 def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, nets, args) -> tuple:
@@ -544,10 +518,16 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
     Branch b follows elite `choice[b]`; noise is that of the action [B, A], the model's [B, S + 1].
     """
     action, _ = sample_action(nets, actor, obs, noise[0])
-    residual = args.predict_residual
-    next_obs, reward = predict(model, nets["ensemble"], obs, action, noise[1], residual)
+    inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
+    params, best = model["learner"]["params"], model["elites"]
+    elites = {name: p if "log_var" in name else p[best] for name, p in params.items()}
+    mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1] of K
     branch = torch.arange(len(obs), device=obs.device)
-    return action, next_obs[choice, branch], reward[choice, branch]
+    y = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
+    if args.normalize_targets:
+        m, d = model["scaler"]["targets"]
+        y = m + d * y
+    return action, obs + y[:, :-1] if args.predict_residual else y[:, :-1], y[:, -1]
 
 
 def rollout(model, actor, starts: Batch, horizon, step_model, terminates, draw: dict) -> Tensor:
@@ -564,7 +544,7 @@ def rollout(model, actor, starts: Batch, horizon, step_model, terminates, draw: 
         rows.append(torch.cat(parts, -1))
         reached.append(alive)
         obs, alive = next_obs, alive & ~terminated
-    return torch.cat(rows)[torch.cat(reached)] if horizon > 1 else rows[0]
+    return torch.cat(rows)[torch.cat(reached)] if horizon > 1 else rows[0]  # all were reached
 
 
 def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
@@ -611,7 +591,7 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     grads, (pi_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
     actor = adam_step(agent["actor"], grads, args.policy_lr)
     temperature = agent["temperature"]
-    if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
+    if args.autotune:  # J(alpha) is its own gradient by log(alpha)
         goal = -batch.action.shape[-1] / 2 if args.target_entropy is None else args.target_entropy
         grads = {"log_alpha": alpha * (entropy - goal)}
         temperature = adam_step(temperature, grads, args.q_lr)
@@ -629,7 +609,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
     critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
     action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
-    value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonuses yet
+    value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonus alone
     value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1:], action[-1:])).amin())
     bias = critic((episode.obs, episode.action)).amin(0)  # [T]
     for t in reversed(range(len(bias))):
@@ -640,7 +620,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
 
 
 def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpack) -> tuple:
-    """Returns of deterministic episodes, the critic's bias on them; draws no noise of training."""
+    """Returns of deterministic episodes, the bias. Uses no random number of training's."""
     actor, device = agent["actor"]["params"], agent["actor"]["t"].device
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 1, step))
     returns, biases = [], []
@@ -741,9 +721,9 @@ def setup_torch(args: Args, device: torch.device):
     except Exception as error:
         print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
         compiles = False
-    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
-    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
-    if (probe @ probe).amin() < 256.1:
+    torch.set_float32_matmul_precision("medium")  # on an AMD CPU oneDNN, much faster than MKL: is
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # it exact? TF32 and bfloat16 are
+    if (probe @ probe).amin() < 256.1:  # not, they round this to 1
         torch.set_float32_matmul_precision(args.matmul_precision)
     return partial(torch.compile, fullgraph=True, dynamic=False, disable=not compiles)
 
@@ -756,17 +736,15 @@ def train(args: Args) -> dict:
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     terminates = termination_function(args)
-    per_horizon = 1000 * args.rollouts_per_step  # synthetic transitions, times the horizon (J)
+    per_horizon = 1000 * args.rollouts_per_step  # the synthetic buffer keeps 1,000 steps' (J)
     most = args.buffer_size + per_horizon * max(args.rollout_schedule[2:])
-    ReplayBuffer(most, *dims, device)  # raises now if both buffers won't fit at their longest
+    ReplayBuffer(most, *dims, device)  # raises now if both buffers will not fit at their largest
     buffer = ReplayBuffer(args.buffer_size, *dims, device)
     run_dir, settings, saved = open_run(args, device)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
     agent = sac_init(nets, args.alpha, device)
-    nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
-    model = {"learner": adam_init(nets["ensemble"], device)}
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         start, episode, seconds, evaluations = saved["progress"]
@@ -774,11 +752,13 @@ def train(args: Args) -> dict:
         draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
+    nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
+    model = {"learner": adam_init(nets["ensemble"], device)}
     horizon = rollout_horizon(start, args.rollout_schedule)
     synthetic = ReplayBuffer(per_horizon * horizon, *dims, device)
     if saved:
-        learner = restored(saved["model"]["learner"], model["learner"], run_dir)
-        model = saved["model"] | {"learner": learner}
+        restored(saved["model"]["learner"], model["learner"], run_dir)
+        model = saved["model"]
         synthetic.add(saved["synthetic"])
         synthetic.added = saved["synthetic_added"]
     if saved and start == args.total_timesteps:
@@ -792,7 +772,7 @@ def train(args: Args) -> dict:
     update_model = partial(in_place, model_update, net=nets["ensemble"], args=args)
     update_model = jit(update_model, mode="reduce-overhead")  # replayed as a CUDA graph on a GPU
     step_model = jit(partial(model_step, nets=nets, args=args))
-    tree_map(torch._dynamo.mark_static_address, (agent, model))  # CUDA graphs change it in place
+    tree_map(torch._dynamo.mark_static_address, (agent, model))  # CUDA graphs write there
     if args.capture_video:
         folder = str(run_dir / "videos")
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda n: n % args.eval_episodes == 0)
@@ -803,7 +783,7 @@ def train(args: Args) -> dict:
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
         if step > 0:
-            if over:  # seeded one by one, so that a run can be taken up at an episode's start
+            if over:  # each is seeded, so that a run can be taken up at an episode's start
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
                 episode, episode_return, length = episode + 1, 0.0, 0
             if step <= args.learning_starts:
@@ -828,13 +808,12 @@ def train(args: Args) -> dict:
 
         if step >= args.learning_starts:
             if learned is None:
-                tqdm.write(f"step {step}: compiling the updates and fitting the model")
+                print(f"step {step}: compiling the updates, fitting the model", flush=True)
             if (step - args.learning_starts) % args.model_train_frequency == 0:
                 first = step == args.learning_starts
-                steps = args.model_first_updates if first else args.model_updates
+                n = args.model_first_updates if first else args.model_updates
                 data, net = buffer.unpack(buffer.rows[: len(buffer)]), nets["ensemble"]
-                learner = model["learner"]
-                model, fit = fit_ensemble(learner, data, steps, update_model, net, args, draw)
+                model, fit = fit_ensemble(model["learner"], data, n, update_model, net, args, draw)
                 check_finite(step, **{f"model {name}": value for name, value in fit.items()})
                 for name, value in fit.items():
                     writer.add_scalar(f"model/{name}", value, step)
@@ -871,7 +850,7 @@ def train(args: Args) -> dict:
             write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
             writer.add_scalar("eval/return", numbers[0], step)
             writer.add_scalar("eval/critic_bias", bias, step)
-            text = "step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers)
+            text = f"step {step:7d}  return {numbers[0]:8.2f} +- {numbers[1]:.2f}"
             if learned and step > learned[0]:
                 rate = (step - learned[0]) / (time.perf_counter() - learned[1])
                 left = tqdm.format_interval((args.total_timesteps - step) / rate)
@@ -896,7 +875,8 @@ def train(args: Args) -> dict:
         opened.close()
     if args.track:
         import_module("wandb").finish()
-    print(f"{run_dir}: {step} steps are done; saved eval.csv{' and checkpoint.pt' * (every > 0)}")
+    kept = ", ".join(sorted(path.name for path in run_dir.iterdir()))
+    print(f"{step} steps are done; {run_dir} holds {kept}")
     return {"evaluations": evaluations, "agent": agent}
 
 

@@ -14,7 +14,7 @@ A policy pi(a | s) maximizes the discounted return plus the entropy bonus alpha 
     temperature   J(alpha) = alpha (E[-log pi(a | s)] - target entropy)                   (eq. 18)
 
 Run: python sac.py --env-id dmc/walker-run --seed 3; `--updates-per-step 20` is MBPO without model.
-Defaults: SAC is above, J github.com/jannerm/mbpo, S github.com/CLeARoboticsLab/STFL (FTFL).
+Defaults: SAC arXiv 1812.05905, J github.com/jannerm/mbpo, S github.com/CLeARoboticsLab/STFL.
 """
 
 import difflib
@@ -52,7 +52,7 @@ class Args:
     env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, a Gymnasium id, or <module>:<id>
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (S)
-    learning_starts: int = 10_000  # environment steps of uniform random actions, counted (S)
+    learning_starts: int = 10_000  # environment steps of uniform random actions, of the total (S)
     updates_per_step: int = 1  # SAC updates per environment step (SAC, table 1)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
     gamma: float = 0.99  # discount factor (SAC, table 1; J, S)
@@ -197,9 +197,9 @@ class ReplayBuffer:
         self.added += len(rows)
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
-        """Rows [*shape, 2S + A + 2], drawn uniformly with replacement."""
+        """Rows [*shape, 2S + A + 2], drawn uniformly; `draw` is torch.rand*'s generator, device."""
         index = torch.randint(len(self), shape, **draw)
-        return F.embedding(index, self.rows)  # self.rows[index], which is slower on a CPU
+        return F.embedding(index, self.rows)  # self.rows[index], but faster on a CPU
 
     def unpack(self, rows: Tensor) -> Batch:
         """The parts of rows [..., 2S + A + 2]."""
@@ -310,7 +310,7 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
     grads, (pi_loss, entropy) = grad_and_value(actor_loss, has_aux=True)(old_actor)
     actor = adam_step(agent["actor"], grads, args.policy_lr)
     temperature = agent["temperature"]
-    if args.autotune:  # dJ(alpha) / dlog(alpha) = J(alpha)
+    if args.autotune:  # J(alpha) is its own gradient by log(alpha)
         goal = -batch.action.shape[-1] / 2 if args.target_entropy is None else args.target_entropy
         grads = {"log_alpha": alpha * (entropy - goal)}
         temperature = adam_step(temperature, grads, args.q_lr)
@@ -328,7 +328,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
     obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
     critic = partial(functional_call, nets["critic"], agent["critic"]["params"])
     action, log_prob = sample_action(nets, agent["actor"]["params"], obs, noise)
-    value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonuses yet
+    value = -agent["temperature"]["params"]["log_alpha"].exp() * log_prob  # [T + 1], bonus alone
     value[-1] = (1 - episode.terminated[-1]) * (value[-1] + critic((obs[-1:], action[-1:])).amin())
     bias = critic((episode.obs, episode.action)).amin(0)  # [T]
     for t in reversed(range(len(bias))):
@@ -339,7 +339,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
 
 
 def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpack) -> tuple:
-    """Returns of deterministic episodes, the critic's bias on them; draws no noise of training."""
+    """Returns of deterministic episodes, the bias. Uses no random number of training's."""
     actor, device = agent["actor"]["params"], agent["actor"]["t"].device
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 1, step))
     returns, biases = [], []
@@ -440,9 +440,9 @@ def setup_torch(args: Args, device: torch.device):
     except Exception as error:
         print(f"going on uncompiled: {repr(error).splitlines()[0]}", file=sys.stderr)
         compiles = False
-    torch.set_float32_matmul_precision("medium")  # by oneDNN on a CPU: faster than MKL on AMD
-    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
-    if (probe @ probe).amin() < 256.1:
+    torch.set_float32_matmul_precision("medium")  # on an AMD CPU oneDNN, much faster than MKL: is
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # it exact? TF32 and bfloat16 are
+    if (probe @ probe).amin() < 256.1:  # not, they round this to 1
         torch.set_float32_matmul_precision(args.matmul_precision)
     return partial(torch.compile, fullgraph=True, dynamic=False, disable=not compiles)
 
@@ -475,7 +475,7 @@ def train(args: Args) -> dict:
 
     jit = setup_torch(args, device)
     update = jit(partial(in_place, sac_update, nets=nets, args=args), mode="reduce-overhead")
-    tree_map(torch._dynamo.mark_static_address, agent)  # CUDA graphs change it where it is
+    tree_map(torch._dynamo.mark_static_address, agent)  # CUDA graphs write there
     if args.capture_video:
         folder = str(run_dir / "videos")
         eval_env = gym.wrappers.RecordVideo(eval_env, folder, lambda n: n % args.eval_episodes == 0)
@@ -486,7 +486,7 @@ def train(args: Args) -> dict:
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
         if step > 0:
-            if over:  # seeded one by one, so that a run can be taken up at an episode's start
+            if over:  # each is seeded, so that a run can be taken up at an episode's start
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
                 episode, episode_return, length = episode + 1, 0.0, 0
             if step <= args.learning_starts:
@@ -510,7 +510,7 @@ def train(args: Args) -> dict:
 
         if step >= args.learning_starts:
             if learned is None:
-                tqdm.write(f"step {step}: compiling the updates")
+                print(f"step {step}: compiling the updates", flush=True)
             rows = buffer.sample(args.updates_per_step, args.batch_size, draw=draw)
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, dims[1], **draw)
             for i in range(args.updates_per_step):
@@ -532,7 +532,7 @@ def train(args: Args) -> dict:
             write_file(run_dir / "eval.csv", "\n".join([*evaluations, ""]).encode())
             writer.add_scalar("eval/return", numbers[0], step)
             writer.add_scalar("eval/critic_bias", bias, step)
-            text = "step {:7d}  return {:8.2f} +- {:.2f}".format(step, *numbers)
+            text = f"step {step:7d}  return {numbers[0]:8.2f} +- {numbers[1]:.2f}"
             if learned and step > learned[0]:
                 rate = (step - learned[0]) / (time.perf_counter() - learned[1])
                 left = tqdm.format_interval((args.total_timesteps - step) / rate)
@@ -555,7 +555,8 @@ def train(args: Args) -> dict:
         opened.close()
     if args.track:
         import_module("wandb").finish()
-    print(f"{run_dir}: {step} steps are done; saved eval.csv{' and checkpoint.pt' * (every > 0)}")
+    kept = ", ".join(sorted(path.name for path in run_dir.iterdir()))
+    print(f"{step} steps are done; {run_dir} holds {kept}")
     return {"evaluations": evaluations, "agent": agent}
 
 

@@ -100,9 +100,9 @@ def code_of(source: str) -> str:
 def origin(script: str, source: str) -> dict:
     """Code and commit of the version of a script with this SHA-256; the commit may yet be None."""
     git = partial(subprocess.run, cwd=ROOT, capture_output=True)
-    known = shutil.which("git") and git(["git", "rev-list", "--all", "--", script]).stdout.decode()
-    texts = {x: git(["git", "show", f"{x}:./{script}"]).stdout for x in (known or "").split()}
-    for commit, text in (texts | {None: path.read_bytes() for path in ROOT.glob(script)}).items():
+    log = git(["git", "rev-list", "--all", "--", script]).stdout if shutil.which("git") else b""
+    made = [(x, git(["git", "show", f"{x}:./{script}"]).stdout) for x in log.decode().split()]
+    for commit, text in [*made, *((None, path.read_bytes()) for path in ROOT.glob(script))]:
         if hashlib.sha256(text).hexdigest() == source:
             return {"code": code_of(text.decode()), "commit": commit}
     return {}

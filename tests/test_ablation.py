@@ -18,8 +18,8 @@ SETTINGS = {
     "num_elites": 2,
     "model_hidden": 32,
     "model_train_frequency": 40,
-    "model_max_updates": 50,
-    "model_patience": 50,
+    "model_first_updates": 80,
+    "model_updates": 40,
     "rollouts_per_step": 20,
     "rollout_schedule": (220, 300, 1, 3),
     "eval_frequency": 80,
@@ -58,7 +58,7 @@ def test_runs_reach_what_they_are_compared_in(runs):
     """Four fits, 363 SAC updates, rollouts of up to three steps and five evaluations each."""
     for tensors, evaluations in runs.values():
         assert tensors["/agent/actor/t"] == 363
-        assert tensors["/model/learner/t"] == 4 * 50
+        assert tensors["/model/learner/t"] == 80 + 3 * 40
         assert len(tensors["/rows"]) == 320
         assert len(tensors["/synthetic"]) > 121 * 20
         assert len(evaluations) == 1 + 5

@@ -91,13 +91,12 @@ def test_resized_keeps_the_newest_in_order_of_age(filling, capacity, later):
         assert sorted(new.rows[: len(new), 0].tolist()) == list(kept)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_does_not_fit_in_memory_is_refused(monkeypatch, device):
-    """One transition of 4 (2S + A + 2) bytes more than there is memory is an InputError."""
-    system = {"SC_PAGE_SIZE": 2**20, "SC_PHYS_PAGES": 3072 if device == "cpu" else 1}
-    monkeypatch.setattr(sac.os, "sysconf", system.get)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 3 << 30))
-    most = (3 << 30) // (4 * (2 * S + A + 2))
-    sac.check_memory(most, S, A, torch.device(device))
-    with pytest.raises(sac.InputError, match="need 3 GiB, 3 GiB exist"):
-        sac.check_memory(most + 1, S, A, torch.device(device))
+def test_buffer_larger_than_memory_is_refused(monkeypatch):
+    """One transition of 4 (2S + A + 2) bytes more than a memory of 1 GiB is an InputError."""
+    monkeypatch.setattr(sac.os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**18}.get)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**29))
+    most = 2**30 // (4 * (2 * S + A + 2))
+    assert len(sac.ReplayBuffer(most, S, A, CPU).rows) == most
+    for device, capacity in [("cpu", most + 1), ("cuda", most // 2 + 1)]:  # of a GPU: its own
+        with pytest.raises(sac.InputError, match=r"need \d GiB, \d GiB exist"):
+            sac.ReplayBuffer(capacity, S, A, torch.device(device))

@@ -36,8 +36,8 @@ import sac
 
 SEEDS = [3, 1, 8]
 CHANGES = {"total_timesteps": 60, "eval_frequency": 30, "checkpoint_frequency": 10}
-FITS = {"model_train_frequency": 20, "model_max_updates": 100, "model_patience": 2}
-FITS |= {"model_lr": 0.005, "rollout_schedule": (45, 55, 1, 3)}
+FITS = {"model_train_frequency": 20, "model_patience": 2, "model_lr": 0.005}
+FITS |= {"rollout_schedule": (45, 55, 1, 3)}
 # Products of stacked matrices are summed in another order, which changes the last bits of a number,
 # 1e-7 of it. Twenty updates later most weights still agree to 1e-6; but where a gradient is all but
 # zero, Adam makes a whole step, 3e-4, of its last bits, so a few may differ by more. Of one update

@@ -221,10 +221,10 @@ def test_functions_of_a_run_are_seen(monkeypatch):
         if step > 30:
             raise ours.Ready
 
-    small = {"ensemble_size": 2, "num_elites": 1, "model_hidden": 8, "model_max_updates": 3}
+    small = {"ensemble_size": 2, "num_elites": 1, "model_hidden": 8, "model_first_updates": 3}
     small |= {"learning_starts": 30, "updates_per_step": 2, "buffer_size": 1000}
     with pytest.raises(ours.Ready):
-        run.train(on_step, env_id="InvertedPendulum-v5", batch_size=16, **small)
+        run.train(on_step, env_id="InvertedPendulum-v5", batch_size=32, **small)
     assert steps == list(range(1, 32))
     counts = {name: len(spans) for name, spans in run.spans.items()}
     assert counts == {"model_update": 3, "model_step": 1, "sac_update": 2, "fit": 1}
