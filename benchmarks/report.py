@@ -300,13 +300,6 @@ def drawn_from(path: Path) -> str | None:
         return None
 
 
-def diff_block() -> str:
-    """The output of `diff mbpo.py mbpo_ftfl.py`, fenced."""
-    command = ["diff", "mbpo.py", "mbpo_ftfl.py"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    return f"```diff\n{text}```"
-
-
 def timing_text() -> str:
     """What the README's two commands take, as benchmarks/time_readme.py measured it."""
     path = ROOT / "benchmarks" / "results" / "readme_commands.json"
@@ -315,8 +308,8 @@ def timing_text() -> str:
     took = json.loads(path.read_text())
     tests = "The second has not been timed yet"
     if "test_seconds" in took:
-        tests = f"""The second runs
-{took["tests_passed"]} tests in {took["test_seconds"] / 60:.0f} minutes"""
+        minutes = took["test_seconds"] / 60
+        tests = f"The second runs\n{took['tests_passed']} tests in {minutes:.0f} minutes"
     return f"""\
 On {took["cores"]} CPU cores, with Python {took["python"]} and a near package mirror, the first
 installs in {took["install_seconds"] / 60:.1f} minutes, prints a return of
@@ -326,10 +319,10 @@ All 500,000 steps are ten million updates: a job for a GPU, or for days. {tests}
 each script must learn a real task."""
 
 
-def included(name: str, otherwise: str = "Not measured yet.") -> str:
+def included(name: str) -> str:
     """The text of a file that another tool wrote into benchmarks/results/."""
     path = ROOT / "benchmarks" / "results" / name
-    return path.read_text().strip() if path.exists() else otherwise
+    return path.read_text().strip() if path.exists() else "Not measured yet."
 
 
 def cost_text() -> str:
@@ -346,7 +339,9 @@ def cost_text() -> str:
 
 def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
     """The generated parts of README.md, by the name in their markers; figures are under `link`."""
-    parts = {"diff": diff_block(), "timing": timing_text(), "training": ""}
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    lines = subprocess.run(["diff", "mbpo.py", "mbpo_ftfl.py"], **options).stdout
+    parts = {"diff": f"```diff\n{lines}```", "timing": timing_text(), "training": ""}
     parts["results"] = f"""\
 ![Mean return by environment step, one panel per task]({link}/curves.png)
 
@@ -373,15 +368,13 @@ def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     if results.resolve() != ROOT / "benchmarks" / "results":
         parts = parts_of(data, "figures")
         return {results / "report.md": f"{parts['results']}\n\n{parts['training']}\n"}
-    fits = included("mechanism/summary.md")
-    speed = {"throughput": included("throughput/cpu.md"), "cost": cost_text()}
-    speed["throughput-gpu"] = included("throughput/cuda.md", "Not measured on a GPU yet.")
-    speed["variants"] = included("throughput/variants_cpu.md")
-    speed["many-seeds"] = included("throughput/many_seeds_cpu.md")
-    texts = {}
+    speed = {"throughput": "cpu", "throughput-gpu": "cuda", "variants": "variants_cpu"}
+    speed |= {"many-seeds": "many_seeds_cpu"}
+    speed = {name: included(f"throughput/{file}.md") for name, file in speed.items()}
+    texts, fits = {}, {"mechanism": included("mechanism/summary.md")}
     for path, parts in {
-        ROOT / "README.md": parts_of(data, "benchmarks/results/figures") | {"mechanism": fits},
-        ROOT / "benchmarks" / "README.md": speed,
+        ROOT / "README.md": parts_of(data, "benchmarks/results/figures") | fits,
+        ROOT / "benchmarks" / "README.md": speed | {"cost": cost_text()},
     }.items():
         texts[path] = path.read_text()
         for name, part in parts.items():

@@ -241,9 +241,7 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
     frame["rate"] = (frame["count"] / frame.seconds).where(frame["round"] > 0)
     run = frame[(frame.kind == "steps") & (frame.task == "mbpo_ftfl.py")].set_index("round")
     env = rates(frame, "env", ENVS[0], "ours")
-    sac, model, rollout = (
-        rates(frame, k, ENVS[0], "mbrl-lib") for k in ("sac", "model", "rollout")
-    )
+    sac, model, rollout = (rates(frame, k, ENVS[0], "mbrl-lib") for k in [*KINDS][:3])
     updates = run.sac_updates / sac + run.model_updates / model
     step = (1 / env + updates / run["count"] + 400 / rollout).dropna()
     parts = {"round": step.index, "kind": "steps", "task": "mbpo_ftfl.py", "who": PARTS}
@@ -281,12 +279,9 @@ def tables(frame: pd.DataFrame) -> str:
             shares.append([name, task, *spread(100 * ratio, " %")])
         part = part[part["round"] > 0]
         if part.sac_seconds.notna().any():
-            named = {
-                "SAC and model updates": "model_seconds",
-                "SAC updates and fits": "fit_seconds",
-            }
-            for what, spent in named.items():
-                rest = 1 - part.sac_seconds.add(part[spent]) / part.seconds
+            spans = {"SAC and model updates": "model", "SAC updates and fits": "fit"}
+            for what, spent in spans.items():
+                rest = 1 - part.sac_seconds.add(part[f"{spent}_seconds"]) / part.seconds
                 name = f"time of a step besides {what}"
                 shares.append([name, task, *spread(100 * rest.dropna(), " %")])
     blocks = []

@@ -53,9 +53,8 @@ def main() -> None:
             process.terminate()
             process.wait()
         if len(rows) < 4:
-            sys.exit(
-                f"error: {run} ended by itself: {Path(folder, 'train.log').read_text()[-2000:]}"
-            )
+            said = Path(folder, "train.log").read_text()[-2000:]
+            sys.exit(f"error: {run} ended by itself: {said}")
         figures["untrained_return"] = float(rows[1].split(",")[1])
         figures["first_fit_seconds"] = float(rows[3].split(",")[6])
         if "--skip-tests" not in sys.argv[1:]:

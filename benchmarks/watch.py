@@ -39,9 +39,8 @@ class Camera(gym.Wrapper):
 
     def __init__(self, env: gym.Env, path: Path):
         super().__init__(env)
-        interval = getattr(env.unwrapped, "dt", None)  # seconds
-        interval = interval or 1 / env.metadata.get("render_fps", 25)
-        self.every = max(1, round(1 / (25 * interval)))
+        interval = getattr(env.unwrapped, "dt", None) or 1 / env.metadata.get("render_fps", 25)
+        self.every = max(1, round(1 / (25 * interval)))  # the interval is in seconds
         shown = self.every * interval  # seconds, of one frame
         gif = path.suffix == ".gif"
         timing = {"duration": 1000 * shown, "loop": 0} if gif else {"fps": 1 / shown}
@@ -119,9 +118,8 @@ def watch(run: Path, episodes: int, seed: int | None, video: Path) -> list[float
         for part, net in nets.items():
             net.load_state_dict(agent[part]["params"])
     except (KeyError, RuntimeError):
-        raise InputError(
-            f"{run} was trained by another version of {script.__name__}.py: train anew"
-        ) from None
+        fault = f"{run} was trained by another version of {script.__name__}.py: train anew"
+        raise InputError(fault) from None
     unpack = script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack
     with closing(Camera(env, video)) as camera:
         return script.evaluate(camera, agent, nets, args, step, unpack)[0]

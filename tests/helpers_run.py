@@ -20,7 +20,7 @@ SMALL = {
     "env_id": "InvertedPendulum-v5",
     "total_timesteps": 80,
     "learning_starts": 40,
-    "batch_size": 16,
+    "batch_size": 32,
     "updates_per_step": 1,
     "buffer_size": 1000,
     "eval_frequency": 40,
@@ -31,7 +31,8 @@ SMALL_MODEL = {
     "ensemble_size": 3,
     "num_elites": 2,
     "model_hidden": 16,
-    "model_max_updates": 30,
+    "model_first_updates": 30,
+    "model_updates": 5,
     "rollouts_per_step": 10,
 }
 
@@ -60,7 +61,7 @@ def fields(script) -> dict:
 
 def folder_of(root: Path, script: str, env_id: str = "InvertedPendulum-v5", seed: int = 1) -> Path:
     """The folder of a run under its root."""
-    return Path(root, f"{env_id.replace('/', '-')}__{script}__{seed}")
+    return Path(root, f"{env_id.replace('/', '-').replace(':', '-')}__{script}__{seed}")
 
 
 def read_checkpoint(folder: Path) -> dict:

@@ -524,7 +524,7 @@ def test_change_error_is_that_of_rollouts(cell):
     error = ((next_obs - data.next_obs) ** 2).mean(0) / (data.next_obs - data.obs).var(0)
     assert metrics["change_error_mean"].item() == pytest.approx(error.mean().item(), rel=0.1)
     assert metrics["change_error_worst"].item() == pytest.approx(error.max().item(), rel=0.1)
-    assert error.max() > 1.3 * error.mean()
+    assert error.max() > 1.2 * error.mean()
 
 
 def variance(numbers: list[float]) -> float:

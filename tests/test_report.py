@@ -3,13 +3,13 @@
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers_run import ROOT, folder_of, listing, one_error, read_scalars, small
-from scipy import stats
 
 import sac
 
@@ -40,8 +40,8 @@ def main(monkeypatch, capsys):
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A copy of what the report reads and writes, in which it then works."""
-    for name in ("README.md", "mbpo.py", "mbpo_ftfl.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    for path in [ROOT / "README.md", *ROOT.glob("*.py")]:
+        shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     return tmp_path
@@ -55,12 +55,16 @@ def trained(tmp_path_factory):
     return folder_of(root, "sac")
 
 
-def write_run(root, experiment="mbpo", seed=1, env_id="dmc/walker-run", returns=(1, 2, 3), bias=0):
-    """A folder as a run leaves it, with evaluations every 1,000 steps; `bias`: the critic's."""
+def write_run(
+    root, experiment="mbpo", seed=1, env_id="dmc/walker-run", returns=(1, 2, 3), bias=0, code=None
+):
+    """A folder as it is recorded, with evaluations every 1,000 steps; `bias`: the critic's."""
+    code = code or report.code_of((ROOT / "sac.py").read_text())
     folder = folder_of(root, experiment, env_id, seed)
     folder.mkdir(parents=True)
     settings = {"script": "sac.py", "env_id": env_id, "exp_name": experiment, "seed": seed}
     settings |= {"total_timesteps": 2000, "eval_frequency": 1000, "updates_per_step": 10}
+    settings |= {"code": code}
     (folder / "args.json").write_text(json.dumps(settings))
     curve = pd.DataFrame({"step": 1000 * np.arange(len(returns)), "mean": returns})
     curve.to_csv(folder / "eval.csv", index=False)
@@ -88,44 +92,30 @@ def alter(path, column: int, value: str) -> None:
 
 def test_interval_of_few_seeds_is_that_of_all_resamples():
     """Two seeds give themselves; three and four what all their resamples give."""
-    assert np.allclose(report.interval([np.array([3.0, 11.0])]), (3, 11))
+    assert np.allclose(report.interval(np.array([3.0, 11.0])), (3, 11))
     for seeds in ([1.0, 2.0, 10.0], [0.0, 3.0, 4.0, 20.0]):
         means = [np.mean(draw) for draw in itertools.product(seeds, repeat=len(seeds))]
         bounds = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
-        assert np.allclose(report.interval([np.array(seeds)]), bounds)
+        assert np.allclose(report.interval(np.array(seeds)), bounds)
+    assert np.isnan(report.interval(np.array([3.0]))).all()
 
 
 def test_interval_of_many_seeds_is_the_normal_one():
     """For the mean of many seeds: 1.96 standard errors to either side."""
     seeds = np.random.default_rng(1).normal(50, 10, 400)
-    low, high = report.interval([seeds])
+    low, high = report.interval(seeds)
     assert (low + high) / 2 == pytest.approx(seeds.mean(), abs=0.05)
     assert (high - low) / 2 == pytest.approx(1.96 * seeds.std() / 20, rel=0.03)
-
-
-def test_interval_draws_seeds_within_each_task():
-    """Tasks on different scales widen nothing: every sample has as many seeds of each."""
-    low, high = report.interval([np.array([0.0, 1.0]), np.array([100.0, 101.0])])
-    assert (low, high) == (50, 51)
-    assert np.isnan(report.interval([np.array([0.0, 1.0]), np.array([100.0])])).all()
 
 
 def test_interval_takes_a_whole_curve():
     """Steps by seeds give bounds per step, the same at every call."""
     curve = np.random.default_rng(0).normal(size=(5, 4)) + np.arange(5)[:, None]
-    low, high = report.interval([curve])
+    low, high = report.interval(curve)
     assert low.shape == high.shape == (5,)
     assert (low < curve.mean(1)).all()
     assert (curve.mean(1) < high).all()
-    assert np.array_equal(low, report.interval([curve])[0])
-
-
-def test_iqm_leaves_out_a_quarter_at_either_end():
-    """It is the mean of the middle half, and of all of up to three."""
-    assert report.iqm(np.array([1000.0, 1, 3, 4, 2, -1000, 6, 5])) == 3.5
-    assert report.iqm(np.array([1.0, 2, 6])) == 3
-    x = np.random.default_rng(0).normal(size=(3, 10))
-    assert np.array_equal(report.iqm(x), stats.trim_mean(x, 0.25, axis=1))
+    assert np.array_equal(low, report.interval(curve)[0])
 
 
 @pytest.mark.parametrize(
@@ -153,30 +143,92 @@ def test_steps_to_reach(seeds, said):
 def test_table_of_a_task(tmp_path):
     """Means, intervals and the dash of one seed stand under their steps; a late seed is told."""
     for seed, value in enumerate((10, 20), 1):
-        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value))
+        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), bias=-value)
     write_run(tmp_path, "sac", returns=(0, 60.4, 70))
     write_run(tmp_path, "late", returns=(0, 5, 7))
     write_run(tmp_path, "late", seed=2, returns=(0, 6))
     rows = rows_of(report.tables(report.load(tmp_path)))
-    assert rows["run"] == ["seeds", "1,000", "2,000", "IQM at its end", "steps to 50"]
+    assert rows["run"] == ["seeds", "1,000", "2,000", "critic bias at its end", "steps to 50"]
     name = "{}, 10 updates per step".format
-    assert rows[name("mbpo")] == ["2", "15 [10, 20]", "30 [20, 40]", "30 [20, 40]", "not reached"]
-    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "70 [-]", "1,000"]
-    late = ["2", "6 [5, 6]", "7 [-] (1 of 2 seeds)", "6 [5, 6]", "not reached"]
+    mbpo = ["2", "15 [10, 20]", "30 [20, 40]", "-15 [-20, -10]", "not reached"]
+    assert rows[name("mbpo")] == mbpo
+    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "0 [-]", "1,000"]
+    late = ["2", "6 [5, 6]", "7 [-] (1 of 2 seeds)", "0 [0, 0]", "not reached"]
     assert rows[name("late")] == late
 
 
-def test_table_of_several_tasks_together(tmp_path):
-    """The tasks of the suite also stand together, for runs that have all of them."""
-    for seed, value in enumerate((10, 20), 1):
-        write_run(tmp_path, seed=seed, returns=(0, value, value))
-        write_run(tmp_path, seed=seed, env_id="dmc/cartpole-swingup", returns=(0, 0, 100 + value))
-    write_run(tmp_path, "sac")
-    write_run(tmp_path, "sac", env_id="Hopper-v5")
-    *_, together = report.tables(report.load(tmp_path)).split("**The 2 tasks of dmc/ together**")
-    rows = rows_of(together)
-    assert "sac, 10 updates per step" not in rows
-    assert rows["mbpo, 10 updates per step"] == ["4", "8 [5, 10]", "65 [60, 70]", "65 [60, 70]"]
+def test_the_pair_is_compared_over_common_seeds(tmp_path):
+    """Differences are those within a seed, at the last step that all common seeds have."""
+    for seed, value in enumerate((100, 10, 500), 1):
+        write_run(tmp_path, "mbpo_ftfl", seed, returns=(0, value, value))
+    assert "less" not in report.tables(report.load(tmp_path))
+    for seed, value in ((1, 80), (2, 6), (4, 1000)):
+        write_run(tmp_path, "sac_utd10", seed, returns=(0, 0, value))
+    said = "mbpo_ftfl less sac_utd10, 10 updates per step, by seed, at step"
+    text = report.tables(report.load(tmp_path))
+    assert f"{said} 2,000: 12 [4, 20], 2 seeds." in text
+    write_run(tmp_path, "sac_utd10", 3, returns=(0, 200))
+    text = report.tables(report.load(tmp_path))
+    assert f"{said} 1,000: 137 [10, 300], 3 seeds." in text
+
+
+# What made a run
+
+CODE = '"""A script."""\nX = 1\n\n\ndef f():\n    """Doubles."""\n    return 2 * X\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "other"),
+    [
+        ("A script", "Some script", False),
+        ('    """Doubles."""\n', "", False),
+        ("X = 1", "X  =  (1)  # one", False),
+        ("2 * X", "3 * X", True),
+        ("2 * X", "X * 2", True),
+        ("return", "return not", True),
+        ("X = 1", "X = None", True),
+        ("X = 1", "X: int = 1", True),
+    ],
+)
+def test_code_is_what_is_executed(old, new, other):
+    """Comments, docstrings and layout are none of it; every number is."""
+    assert old in CODE
+    assert (report.code_of(CODE) != report.code_of(CODE.replace(old, new))) == other
+
+
+def test_runs_of_other_code_are_marked(tree, trained, main):
+    """They have a row of their own; a script that is reworded, committed or not, is no other."""
+    results, script = tree / "runs", tree / "sac.py"
+    git = ["git", "-C", tree, "-c", "user.name=a", "-c", "user.email=b"]
+    name, source = "sac, 1 update per step", script.read_text()
+
+    def say(**options) -> str:
+        report.origin.cache_clear()
+        code, out, err = main("--results", results)
+        assert code == 0, err
+        return out
+
+    shutil.copytree(trained, results / trained.name)
+    assert f"| {name} | 1 |" in say()
+    script.write_text(source + "# more\n")  # of the version that trained nothing is left
+    assert f"| {name} † | 1 |" in say()
+    assert say().endswith("\n\n† Made by other code than that of today's script.\n")
+    script.write_text(source)
+    for words in (["init", "-q"], ["add", "sac.py"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    script.write_text(source + "# more\n")
+    assert f"| {name} | 1 |" in say()
+    recorded = tree / "recorded" / trained.name
+    assert main("--record", results / trained.name, "--results", tree / "recorded")[0] == 0
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    held = json.loads((recorded / "args.json").read_text())
+    assert held["commit"] == head.strip()
+    assert held["code"] == report.code_of(source)
+    script.write_text(source + "X = 1\n")
+    assert f"| {name} † | 1 |" in say()
+    write_run(results, "sac", 2, "InvertedPendulum-v5", code=held["code"])
+    shutil.rmtree(results / trained.name)
+    assert "sac, 10 updates per step † | 1 |" in say()
 
 
 def test_readme_and_figures_are_current():
@@ -200,13 +252,13 @@ def test_published_figures_stand_beside_ours():
 def test_a_stale_table_is_noticed(tree, main):
     """One altered return: README and curves are out of date, until they are written anew."""
     assert main("--check", "--results", tree / "benchmarks/results") == (0, "", "")
-    alter(tree / "benchmarks/results/dmc-walker-run__sac__1/eval.csv", 1, "987.5")
+    alter(tree / "benchmarks/results/dmc-walker-run__sac_utd10__1/eval.csv", 1, "987.5")
     code, out, _ = main("--check", "--results", tree / "benchmarks/results")
     assert code == 1
     stale = [line.split(" is out of date")[0] for line in out.splitlines()]
     assert stale == [str(tree / "README.md"), str(tree / "benchmarks/results/figures/curves.png")]
     assert main("--write", "--results", tree / "benchmarks/results")[0] == 0
-    assert "[50, 988]" in (tree / "README.md").read_text()
+    assert ", 988]" in (tree / "README.md").read_text()
     assert main("--check", "--results", tree / "benchmarks/results") == (0, "", "")
 
 
@@ -281,14 +333,17 @@ def test_curves_show_seeds_mean_interval_and_published_points(tmp_path):
 
 
 def test_record_copies_a_run(trained, tmp_path, main):
-    """Settings and curve to the byte, all scalars to six digits; the report is that of the run."""
+    """Settings, curve to the byte, all scalars to six digits; the report is that of the run."""
     target = tmp_path / "results" / trained.name
     for _ in range(2):  # the second time over the first
         code, out, _ = main("--record", trained, "--results", tmp_path / "results")
         assert (code, out) == (0, f"recorded {target}\n")
     assert {path.name for path in target.iterdir()} == {"args.json", "eval.csv", "scalars.csv"}
-    for name in ("args.json", "eval.csv"):
-        assert (target / name).read_bytes() == (trained / name).read_bytes()
+    assert (target / "eval.csv").read_bytes() == (trained / "eval.csv").read_bytes()
+    held, made = (json.loads((path / "args.json").read_text()) for path in (target, trained))
+    assert held.pop("code") == report.code_of((ROOT / "sac.py").read_text())
+    assert held.keys() - made.keys() == {"commit"}
+    assert held | made == held
     rows = pd.read_csv(target / "scalars.csv")
     assert rows.columns.tolist() == ["step", "tag", "value"]
     assert rows.step.is_monotonic_increasing
@@ -312,7 +367,7 @@ def damaged(trained, tmp_path, file: str, text: str | None):
         ("args.json", None, "args.json: No such file"),
         ("args.json", "{", "args.json: Expecting"),
         ("args.json", "[]", "args.json: "),
-        ("args.json", '{"env_id": "Hopper-v5"}', "args.json: no exp_name"),
+        ("args.json", '{"script": "sac.py", "env_id": "Hopper-v5"}', "args.json: no exp_name"),
         ("eval.csv", None, "eval.csv: No such file"),
         ("eval.csv", "", "eval.csv: No columns"),
         ("eval.csv", "step,mean\n", "eval.csv: no returns"),

@@ -1,7 +1,9 @@
 """A run that is killed goes on to the same end; what a run folder holds is never lost."""
 
+import hashlib
 import json
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -10,12 +12,12 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from helpers_run import (
     ROOT,
     flags,
     folder_of,
     listing,
-    one_error,
     read_checkpoint,
     read_evaluations,
     read_scalars,
@@ -24,10 +26,14 @@ from helpers_run import (
     start,
 )
 
-TOTAL = 600
+import mbpo
+import sac
+
 SCRIPTS = ["sac", "mbpo_ftfl"]
-CHANGES = {"total_timesteps": TOTAL, "learning_starts": 100, "eval_frequency": 50}
-CHANGES |= {"checkpoint_frequency": 100, "model_train_frequency": 70, "model_max_updates": 5}
+TOTAL = 1020  # the last 420 steps learn, and the ring of real transitions goes round
+CHANGES = {"total_timesteps": TOTAL, "learning_starts": 600, "eval_frequency": 60}
+CHANGES |= {"checkpoint_frequency": 60, "model_train_frequency": 70, "model_updates": 5}
+CHANGES |= {"buffer_size": 700, "device": "cpu"}
 CUT = """
 import os, runpy, signal, sys
 saves, fsync = 0, os.fsync
@@ -45,18 +51,33 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def settings(script: str, root, **changes) -> list[str]:
-    """Flags of a run of a few seconds with six checkpoints or so."""
+    """Flags of a run of a few seconds with many checkpoints."""
     own = {name: value for name, value in CHANGES.items() if script != "sac" or "model" not in name}
     return flags(small(script, **(own | {"run_root": str(root)} | changes)))
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
-def undisturbed(request, tmp_path_factory):
-    """A script's name, and the folder of its run that nothing has stopped."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    child = start(request.param, *settings(request.param, root))
-    assert child.wait(timeout=300) == 0, child.stderr.read()
-    return request.param, folder_of(root, request.param)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a script's run that nothing has stopped."""
+    made = {}
+
+    def of(script: str):
+        if script not in made:
+            root = tmp_path_factory.mktemp("undisturbed")
+            child = start(script, *settings(script, root))
+            _, error = child.communicate(timeout=300)
+            assert child.returncode == 0, error
+            made[script] = folder_of(root, script)
+        return made[script]
+
+    return of
+
+
+def curves(folder) -> dict:
+    """TensorBoard's curves, but for the one of the clock."""
+    scalars = read_scalars(folder)
+    assert scalars.pop("train/steps_per_second")
+    return scalars
 
 
 def assert_equal_runs(one, other) -> None:
@@ -64,10 +85,11 @@ def assert_equal_runs(one, other) -> None:
     assert read_evaluations(one) == read_evaluations(other)
     ours, theirs = read_checkpoint(one), read_checkpoint(other)
     assert ours.keys() == theirs.keys()
+    assert theirs["added"] > len(theirs["rows"])
     for part in ours.keys() - {"settings", "progress"}:
         assert same(ours[part], theirs[part]), part
     assert ours["progress"][:2] == theirs["progress"][:2]
-    assert read_scalars(one) == read_scalars(other)
+    assert curves(one) == curves(other)
 
 
 def kill_after(child, folder, beyond: int, delay: float) -> int:
@@ -85,116 +107,231 @@ def kill_after(child, folder, beyond: int, delay: float) -> int:
     return saved
 
 
-def test_a_killed_run_goes_on_to_the_same_end(undisturbed, tmp_path, run):
-    """Killed at any moment, three times over, a resumed run ends equal to the bit."""
-    script, expected = undisturbed
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_killed_run_goes_on_to_the_same_end(script, undisturbed, tmp_path, run):
+    """Killed at any moment, before and after the ring is full, a resumed run ends bit-equal."""
     words, folder = settings(script, tmp_path), folder_of(tmp_path, script)
-    draw, saved = random.Random(1), 0
+    draw, saved = random.Random(1), 500
     for _ in range(3):
         child = start(script, *words, "--resume")
-        saved = kill_after(child, folder, saved, draw.uniform(0, 0.1))
+        saved = kill_after(child, folder, saved + 60, draw.uniform(0, 0.1))
     assert run(script, *words, "--resume").returncode == 0
-    assert_equal_runs(folder, expected)
+    assert_equal_runs(folder, undisturbed(script))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(undisturbed, tmp_path, run):
-    """With nothing saved yet, --resume begins from the start."""
-    script, expected = undisturbed
-    words, folder = settings(script, tmp_path), folder_of(tmp_path, script)
-    child = start(script, *words)
+    """With nothing saved yet, --resume says so, and begins from the start."""
+    words, folder = settings("sac", tmp_path), folder_of(tmp_path, "sac")
+    child = start("sac", *words, "--checkpoint-frequency", "600")
     while child.poll() is None and not (folder / "eval.csv").exists():
         time.sleep(0.005)
     child.kill()
     assert child.wait() == -signal.SIGKILL
     assert not (folder / "checkpoint.pt").exists()
-    assert run(script, *words, "--resume").returncode == 0
-    assert_equal_runs(folder, expected)
+    child = run("sac", *words, "--resume")
+    assert child.returncode == 0, child.stderr
+    assert "no checkpoint" in child.stdout.splitlines()[0]
+    assert_equal_runs(folder, undisturbed("sac"))
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(undisturbed, tmp_path, run):
     """A checkpoint is replaced whole or not at all."""
-    script, expected = undisturbed
-    words, folder = settings(script, tmp_path), folder_of(tmp_path, script)
-    command = [sys.executable, "-c", CUT, str(ROOT / f"{script}.py"), *words]
+    words, folder = settings("sac", tmp_path), folder_of(tmp_path, "sac")
+    command = [sys.executable, "-c", CUT, str(ROOT / "sac.py"), *words]
     child = subprocess.run(command, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert (folder / "checkpoint.pt.tmp").exists()
-    assert 100 <= read_checkpoint(folder)["progress"][0] < 200
-    assert run(script, *words, "--resume").returncode == 0
+    assert 60 <= read_checkpoint(folder)["progress"][0] < 120
+    child = run("sac", *words, "--resume")
+    assert child.returncode == 0, child.stderr
+    assert "goes on after step" in child.stdout.splitlines()[0]
     assert not (folder / "checkpoint.pt.tmp").exists()
-    assert_equal_runs(folder, expected)
+    assert_equal_runs(folder, undisturbed("sac"))
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(undisturbed, tmp_path, run):
-    """Checkpoints that no longer fit are given up with a word; the run goes on to its end."""
-    script, expected = undisturbed
+    """In the middle of a run a checkpoint that doesn't fit is a line, at its end an error."""
+    expected = undisturbed("sac")
     row = read_checkpoint(expected)["rows"][0].nbytes
-    most = (expected / "checkpoint.pt").stat().st_size - 200 * row
+    most = (expected / "checkpoint.pt").stat().st_size - 50 * row
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
-    child = run(script, *settings(script, tmp_path), preexec_fn=limit)
-    folder = folder_of(tmp_path, script)
-    assert child.returncode == 0, child.stderr
-    lines = child.stderr.splitlines()
-    assert lines
+    words, folder = settings("sac", tmp_path), folder_of(tmp_path, "sac")
+    child = run("sac", *words, preexec_fn=limit)
+    assert child.returncode == 1
+    *lines, error = child.stderr.splitlines()
+    assert len(lines) >= 2
     assert all(f"{folder}/checkpoint.pt stays as it was: " in line for line in lines)
-    assert 100 <= read_checkpoint(folder)["progress"][0] < TOTAL
+    assert error.startswith(f"error: {folder}")
+    assert 600 <= read_checkpoint(folder)["progress"][0] < TOTAL
     assert read_evaluations(folder) == read_evaluations(expected)
     assert not list(folder.glob("*.tmp"))
-    assert run(script, *settings(script, tmp_path), "--resume").returncode == 0
+    assert run("sac", *words, "--resume").returncode == 0
     assert_equal_runs(folder, expected)
 
 
+def test_a_folder_in_the_checkpoints_place(main, tmp_path):
+    """What can't be replaced is told at every checkpoint, and at the end with exit code 1."""
+    folder = folder_of(tmp_path, "sac")
+    (folder / "checkpoint.pt").mkdir(parents=True)
+    code, out, err = main(sac, [*flags(small("sac", checkpoint_frequency=30)), "--resume"])
+    *lines, error = err.splitlines()
+    assert code == 1
+    assert len(lines) >= 2
+    assert all(f"{folder}/checkpoint.pt" in line for line in lines)
+    assert error.startswith(f"error: {folder}")
+    assert "step      80" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(number, tmp_path):
+    """Ctrl-C and a job system's SIGTERM end a run with one line that names the saved step."""
+    changes = {"run_root": str(tmp_path), "total_timesteps": 10**6, "checkpoint_frequency": 10}
+    child, folder = start("sac", *flags(small("sac", **changes))), folder_of(tmp_path, "sac")
+    while child.poll() is None and not (folder / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    child.send_signal(number)
+    _, error = child.communicate(timeout=60)
+    step = read_checkpoint(folder)["progress"][0]
+    assert child.returncode == 1
+    assert re.fullmatch(f"error: interrupted;.*step {step}\\b.*--resume.*\n", error), error
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """The folder of a short finished run with a model."""
+    root = tmp_path_factory.mktemp("once")
+    mbpo.train(mbpo.Args(**small("mbpo", run_root=str(root))))
+    return folder_of(root, "mbpo")
+
+
 @pytest.fixture
-def finished(tmp_path, run):
-    """Script, flags and folder of a short finished run."""
-    words = flags(small("sac", run_root=str(tmp_path)))
-    assert run("sac", *words).returncode == 0
-    return words, folder_of(tmp_path, "sac")
+def finished(once, tmp_path):
+    """A copy of a short finished run: the flags, and the folder."""
+    folder = tmp_path / once.name
+    folder.mkdir()
+    for file in once.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return flags(small("mbpo")), folder
 
 
-def assert_refused(child, folder, before, *named: str) -> None:
-    """One line that names things, exit code 2, and the folder as it was."""
-    line = one_error(child.stderr)
-    assert child.returncode == 2
-    assert listing(folder) == before
-    for name in named:
-        assert name in line
+def alter(folder, change) -> None:
+    """Changes what a checkpoint holds."""
+    saved = read_checkpoint(folder)
+    change(saved)
+    torch.save(saved, folder / "checkpoint.pt")
 
 
-def test_a_folder_that_holds_a_run_is_refused(finished, run):
+def test_a_folder_that_holds_a_run_is_refused(finished, main, refused):
     """Without --resume or --overwrite nothing is touched; --overwrite discards it all."""
     words, folder = finished
     (folder / "note.txt").write_text("of the first run")
-    before = listing(folder)
-    assert_refused(run("sac", *words), folder, before, str(folder), "--resume", "--overwrite")
+    line = refused(mbpo, words)
+    assert all(word in line for word in (str(folder), "--resume", "--overwrite"))
     old = read_checkpoint(folder)
-    assert run("sac", *words, "--overwrite").returncode == 0
+    assert main(mbpo, [*words, "--overwrite"])[0] == 0
     assert not (folder / "note.txt").exists()
     assert len(list(folder.glob("events*"))) == 1
     assert same(read_checkpoint(folder)["agent"], old["agent"])
 
 
-def test_resume_refuses_a_checkpoint_that_is_not_of_this_run(finished, run):
-    """Other settings, another script and a file cut short are named, and stay as they are."""
+def test_resume_refuses_a_run_with_other_settings(finished, refused):
+    """The setting is named, and one that the run's older script didn't have, too."""
+    words, folder = finished
+    assert "gamma 0.99, not 0.5" in refused(mbpo, [*words, "--resume", "--gamma", "0.5"])
+    other = [*flags(small("sac", exp_name="mbpo")), "--resume"]
+    assert "holds a run with" in refused(sac, other)
+    alter(folder, lambda saved: saved["settings"].pop("model_updates"))
+    line = refused(mbpo, [*words, "--resume"])
+    assert "model_updates" in line
+    assert "older script" in line
+
+
+def test_resume_refuses_fewer_steps_than_are_done(finished, refused):
+    """The end of a run can't be moved before what it has done."""
+    words, folder = finished
+    line = refused(mbpo, [*words, "--resume", "--total-timesteps", "60"])
+    assert f"{folder} has 80 steps" in line
+    assert "--total-timesteps" in line
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished, main):
+    """It says so, and returns what the run returned."""
     words, folder = finished
     before = listing(folder)
-    child = run("sac", *words, "--resume", "--gamma", "0.5")
-    assert_refused(child, folder, before, str(folder), "gamma 0.99, not 0.5")
-    other = flags(small("mbpo", run_root=str(folder.parent), exp_name="sac"))
-    assert_refused(run("mbpo", *other, "--resume"), folder, before, str(folder), "holds a run with")
-    file = folder / "checkpoint.pt"
+    code, out, err = main(mbpo, [*words, "--resume"])
+    assert (code, err) == (0, "")
+    assert "80 steps" in out
+    assert "--total-timesteps" in out
+    assert listing(folder) == before
+    args = small("mbpo", run_root=str(folder.parent), resume=True)
+    result = mbpo.train(mbpo.Args(**args))
+    assert result["evaluations"] == (folder / "eval.csv").read_text().splitlines()
+
+
+def rename(params: dict) -> None:
+    """Gives the first of some tensors another name."""
+    params["renamed"] = params.pop(next(iter(params)))
+
+
+def reshape(params: dict) -> None:
+    """Gives the first of some tensors another shape."""
+    params[next(iter(params))] = torch.zeros(3, 5, 7)
+
+
+@pytest.mark.parametrize("change", [rename, reshape])
+@pytest.mark.parametrize("part", ["actor", "model"])
+def test_resume_refuses_tensors_of_another_script(part, change, finished, refused):
+    """Of other names or shapes, a checkpoint is of another version, whatever its settings say."""
+    words, folder = finished
+    where = {"actor": lambda x: x["agent"]["actor"], "model": lambda x: x["model"]["learner"]}[part]
+    alter(folder, lambda saved: change(where(saved)["params"]))
+    line = refused(mbpo, [*words, "--resume", "--total-timesteps", "120"])
+    assert f"{folder} holds a run of another version of mbpo.py" in line
+
+
+def test_resume_refuses_a_file_that_is_no_checkpoint(finished, refused):
+    """Cut short, or of something else, the file is named."""
+    words, folder = finished
+    words, file = [*words, "--resume", "--total-timesteps", "120"], folder / "checkpoint.pt"
+    alter(folder, lambda saved: saved.pop("progress"))
+    assert str(folder) in refused(mbpo, words)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    before = listing(folder)
-    child = run("sac", *words, "--resume")
-    assert_refused(child, folder, before, str(file), "--overwrite")
+    line = refused(mbpo, words)
+    assert str(file) in line
+    assert "--overwrite" in line
 
 
-def test_resume_goes_on_with_more_steps(finished, run):
-    """A finished run is extended by a larger --total-timesteps, and args.json tells."""
+def test_resume_needs_the_checkpoint_alone(finished, main):
+    """Without args.json, a run still goes on from its checkpoint."""
     words, folder = finished
-    assert run("sac", *words, "--resume", "--total-timesteps", "120").returncode == 0
+    (folder / "args.json").unlink()
+    code, out, _ = main(mbpo, [*words, "--resume", "--total-timesteps", "90"])
+    assert code == 0
+    assert "after step 80" in out.splitlines()[0]
+
+
+def test_resume_goes_on_with_more_steps(finished, main):
+    """A finished run is extended, on a device of any name and by a script that was edited."""
+    words, folder = finished
+    source = hashlib.sha256((ROOT / "mbpo.py").read_bytes()).hexdigest()
+    assert read_checkpoint(folder)["settings"]["source"] == source
+    assert json.loads((folder / "args.json").read_text())["source"] == source
+    alter(folder, lambda saved: saved["settings"].update(source="of another day"))
+    words = [*words, "--resume", "--device", "cpu", "--total-timesteps", "120"]
+    code, out, err = main(mbpo, words)
+    assert (code, err) == (0, "")
+    assert "after step 80" in out.splitlines()[0]
     assert [row[0] for row in read_evaluations(folder)] == ["step", "0", "40", "80", "120"]
     assert read_checkpoint(folder)["progress"][0] == 120
-    assert json.loads((folder / "args.json").read_text())["total_timesteps"] == 120
-    assert run("sac", *words, "--resume", "--total-timesteps", "120").returncode == 0
-    assert len(read_evaluations(folder)) == 5
+    held = json.loads((folder / "args.json").read_text())
+    assert (held["total_timesteps"], held["device"], held["source"]) == (120, "cpu", source)
+
+
+def test_resume_on_another_kind_of_device(finished, main):
+    """The noise of a GPU's generator can't go on elsewhere; the run does, with new noise."""
+    words, folder = finished
+    alter(folder, lambda saved: saved.update(generator=saved["generator"][:16]))
+    code, out, err = main(mbpo, [*words, "--resume", "--total-timesteps", "90"])
+    assert code == 0, err
+    assert "after step 80" in out.splitlines()[0]
