@@ -123,12 +123,14 @@ def load(results: Path) -> pd.DataFrame:
         returns = evaluations[["step"]].assign(tag="return", value=evaluations["mean"])
         frame = pd.concat([returns, scalars[scalars.tag.isin(TRAINING)]])
         updates = args["updates_per_step"]
-        title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step{mark(args)}"
-        names = {"task": args["env_id"], "run": title, "seed": args["seed"]}
+        title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
+        names = {"task": args["env_id"], "run": title, "seed": args["seed"], "mark": mark(args)}
         frames.append(frame.assign(**names, length=args["total_timesteps"]))
     if not frames:
         raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
-    return pd.concat(frames, ignore_index=True)
+    data = pd.concat(frames, ignore_index=True)
+    data["run"] += data.groupby(["task", "run"]).mark.transform("max")  # one seed marks them all
+    return data.drop(columns="mark")
 
 
 def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -179,6 +181,7 @@ def steps_to_reach(curves: pd.DataFrame, goal: float) -> str:
 def paired(curves: dict[str, pd.DataFrame]) -> list[str]:
     """How far PAIR's first run is ahead of its second, by seed, at the last step of both."""
     lines, (one, other) = [], PAIR
+    curves = {title.removesuffix(" †"): run for title, run in curves.items()}
     for title in curves:
         rival = title.replace(f"{one},", f"{other},")
         if rival != title and rival in curves:
@@ -218,7 +221,7 @@ def tables(data: pd.DataFrame) -> str:
     """A table for every task, and what their sign of other code means."""
     made = [table(task, rows) for task, rows in data.groupby("task")]
     if data.run.str.endswith("†").any():
-        made.append("† Made by other code than that of today's script.")
+        made.append("† Some of these runs were made by other code than that of today's script.")
     return "\n\n".join(made)
 
 

@@ -251,15 +251,14 @@ def test_a_task_of_the_old_interface_is_refused(part, dims, fault, refused, monk
 
 
 @pytest.mark.parametrize("dims", [2, 60])
-def test_spaces_that_do_not_fit_are_one_line(dims, refused, monkeypatch):
+def test_spaces_that_do_not_fit_are_one_line(dims, refused):
     """Images and discrete actions are refused, in one line for spaces of any size."""
-    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
     box, bounds = gym.spaces.Box, np.arange(1.0, dims + 1)
     image, vector = box(0, 255, (8, 8, 3), np.uint8), box(-bounds, bounds, dtype=np.float64)
     for name, spaces in {
-        "Image-v0": (image, box(-1, 1, (1,))),
-        "Discrete-v0": (vector, gym.spaces.Discrete(3)),
-        "Unbounded-v0": (vector, box(-np.inf, np.inf, (1,))),
+        f"Image{dims}-v0": (image, box(-1, 1, (1,))),
+        f"Discrete{dims}-v0": (vector, gym.spaces.Discrete(3)),
+        f"Unbounded{dims}-v0": (vector, box(-np.inf, np.inf, (1,))),
     }.items():
         given = dict(zip(["observations", "actions"], spaces, strict=True))
         gym.register(name, Spaces, kwargs=given)
