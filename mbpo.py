@@ -109,7 +109,7 @@ def check_args(args: Args) -> None:
     counts += " ensemble_size model_hidden model_train_frequency model_first_updates model_updates"
     counts += " rollouts_per_step"
     rules = [  # names, what must hold, and how to say it
-        (counts, lambda x: x >= 1, "at least 1"),
+        (counts, lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
         ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
         ("eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
         ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
@@ -122,9 +122,10 @@ def check_args(args: Args) -> None:
         ("model_patience", lambda x: x is None or x >= 1, "at least 1"),
         ("num_elites", lambda x: 1 <= x <= args.ensemble_size, "from 1 to --ensemble-size"),
         ("holdout_ratio", lambda x: 0 < x < 1, "above 0 and below 1"),
-        ("learning_starts buffer_size", lambda x: x * args.holdout_ratio >= 1, "more, to hold out"),
+        ("learning_starts", lambda x: x * args.holdout_ratio >= 1, "1 / --holdout-ratio or more"),
+        ("buffer_size", lambda x: x * args.holdout_ratio >= 1, "1 / --holdout-ratio or more"),
         ("real_ratio", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        ("batch_size", lambda x: not 0 < args.real_ratio * x < 1, "enough for --real-ratio"),
+        ("batch_size", lambda x: not 0 < args.real_ratio * x < 1, "1 / --real-ratio or more"),
         ("rollout_schedule", lambda x: 0 <= x[0] < x[1], "steps START < END"),
         ("rollout_schedule", lambda x: min(x[2:]) >= 1, "horizons FROM and TO of at least 1"),
     ]
@@ -146,10 +147,10 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     module, _, name = env_id.rpartition(":")  # <module>:<id> names the module that registers it
     kwargs = {"render_mode": "rgb_array"} if render else {}
     hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as in J
-    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(name, "").split()}
+    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
     if name.startswith("dmc/"):
         name, kwargs["render_kwargs"] = f"dm_control/{name[4:]}-v0", {"camera_id": 0}
-    remedy = ""
+    made = False
     try:
         with warnings.catch_warnings(action="ignore"):  # libraries' words about libraries
             import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
@@ -158,7 +159,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
             if name not in gym.registry:
                 suite = import_module("dm_control.suite").ALL_TASKS
                 known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in suite)]
-                near = difflib.get_close_matches(env_id, known) or ["dmc/walker-run"]
+                near = difflib.get_close_matches(env_id.removeprefix(f"{module}:"), known)
+                near = [f"{module}:{x}" if module else x for x in near or ["dmc/walker-run"]]
                 raise InputError(f"no such task; did you mean {' or '.join(near)}?")
             limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
             env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
@@ -170,15 +172,20 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
                 wanted = "actions must be a bounded Box and observations vectors"
                 raise InputError(f"{wanted}, not {actions} and {states}")
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-            remedy = "; reset and step must return 2 and 5 values, as Gymnasium's do"
-            _, _ = env.reset(seed=0)  # what is broken is better found now than in the run
-            _, _, _, _, _ = env.step(np.zeros(actions.shape, np.float32))
-            remedy = "; apt install libegl1, and set MUJOCO_GL=egl"
+            made = True  # and tried: what is broken is better found now than in the run
+            obs, _ = env.reset(seed=0)
+            next_obs, _, _, _, _ = env.step(np.zeros(actions.shape, np.float32))
+            if not np.shape(obs) == np.shape(next_obs) == states.shape:
+                raise ValueError(f"observations are not of shape {states.shape}")
             if render:
                 env.render()
     except Exception as error:  # of the registry, of the environment, of the renderer
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"--env-id {env_id}: {reason}{remedy}") from None
+        reason = (str(error).strip(" .\n") or repr(error)).splitlines()[0]
+        if made and isinstance(error, TypeError | ValueError):
+            reason += "; reset and step must return 2 and 5 values, as Gymnasium's do"
+        elif made:
+            reason += "; if it is for want of OpenGL, apt install libegl1 and set MUJOCO_GL=egl"
+        raise InputError(f"--env-id {env_id}: {reason}") from None
     return env
 
 
@@ -222,7 +229,7 @@ def check_termination(terminates, args: Args, step: int, obs, action, next_obs, 
 
     InvertedDoublePendulum sees its tip some 1e-5 m off s': 1 % of a step to either side counts too.
     """
-    slack = 0.01 if args.env_id.startswith("InvertedDoublePendulum") else 0.0
+    slack = 0.01 if "InvertedDoublePendulum" in args.env_id else 0.0
     near = [next_obs + shift * (next_obs - obs) for shift in (0, slack, -slack)]
     said = [bool(terminates(*map(torch.as_tensor, (obs, action, state)))) for state in near]
     if terminated not in said:
@@ -403,9 +410,7 @@ def model_update(learner: dict, x: Tensor, y: Tensor, net: Ensemble, args: Args)
     return adam_step(learner, grads, args.model_lr), loss
 
 
-def fit_ensemble(
-    learner: dict, data: Batch, updates: int, update, net: Ensemble, args: Args, draw: dict
-) -> tuple[dict, dict]:
+def fit_ensemble(learner: dict, data: Batch, updates: int, update, net, args, draw: dict) -> tuple:
     """Fits the ensemble further to N real transitions; returns the model and the fit's metrics.
 
     Weights and Adam's moments carry over; split, scalers and bootstrap samples are drawn anew. Each
@@ -417,7 +422,8 @@ def fit_ensemble(
     holdout, train = order[:held_out], order[held_out:]
     inputs = torch.cat([data.obs, data.action], -1)
     targets = model_targets(data)
-    inflation = fit_scaler(targets)[1][:-1] / fit_scaler(data.next_obs - data.obs)[1]  # [S]
+    change = (data.next_obs - data.obs)[holdout]
+    inflation = fit_scaler(targets[holdout])[1][:-1] / fit_scaler(change)[1]  # [S]
     scaler = {"inputs": fit_scaler(inputs[train])}
     inputs = normalize(inputs, scaler["inputs"])
     bootstrap = train[torch.randint(len(train), (args.ensemble_size, len(train)), **draw)]
@@ -654,8 +660,11 @@ def run_folder(args: Args) -> Path:
     return Path(args.run_root, f"{task}__{args.exp_name}__{args.seed}")
 
 
-def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]:
-    """The run's folder, settings, checkpoint or None; InputError, all kept, if it can't be used."""
+def read_run(args: Args, device: torch.device) -> tuple[dict, dict | None]:
+    """The run's settings, and the checkpoint that it goes on from, or None; writes nothing.
+
+    Raises InputError if the folder holds another run, or one that was not to be resumed.
+    """
     run_dir, saved = run_folder(args), None
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     settings = {"script": Path(__file__).name, "source": source} | asdict(args)
@@ -663,7 +672,7 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
     free = "source resume overwrite run_root total_timesteps checkpoint_frequency capture_video"
     free += " device track wandb_project_name wandb_entity"
     file, described = run_dir / "checkpoint.pt", run_dir / "args.json"
-    if args.resume and described.exists():
+    if args.resume and (file.exists() or described.exists()):
         try:
             saved = torch.load(file, map_location=device) if file.exists() else None
             held = saved["settings"] if saved else json.loads(described.read_text())
@@ -677,28 +686,36 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
             raise InputError(f"{run_dir} has {done} steps: --total-timesteps must not be less")
     elif run_dir.is_dir() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
+    return settings, saved
+
+
+def restored(saved: dict, fresh: dict, args: Args) -> dict:
+    """What was saved, if it has the tensors of a fresh state; InputError if it hasn't."""
+    if tree_map(Tensor.size, saved) != tree_map(Tensor.size, fresh):
+        script = Path(__file__).name
+        raise InputError(f"{run_folder(args)} holds a run of another version of {script}")
+    return saved
+
+
+def open_run(args: Args, settings: dict) -> Path:
+    """The run's folder, with args.json in it; InputError, nothing written, if that can't be."""
+    run_dir = run_folder(args)
     try:
-        if args.track:  # before anything is written
+        if args.track:
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             names |= {"id": run_dir.name, "resume": "allow", "config": settings}
             import_module("wandb").init(**names, sync_tensorboard=True)
     except Exception as error:  # of the network, of the account, of the settings
-        raise InputError(f"--track: {error}; try `wandb login`, or WANDB_MODE=offline") from None
+        reason = str(error).strip(" .\n")
+        raise InputError(f"--track: {reason}; try `wandb login`, or WANDB_MODE=offline") from None
     try:
         if args.overwrite and not args.resume and run_dir.exists():
             shutil.rmtree(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        described.write_text(json.dumps(settings, indent=2) + "\n")
+        (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{run_dir}: {error.strerror}; choose another --run-root") from None
-    return run_dir, settings, saved
-
-
-def restored(saved: dict, fresh: dict, run_dir: Path) -> dict:
-    """What was saved, if it has the tensors of a fresh state; InputError if it hasn't."""
-    if tree_map(Tensor.size, saved) != tree_map(Tensor.size, fresh):
-        raise InputError(f"{run_dir} holds a run of another version of {Path(__file__).name}")
-    return saved
+    return run_dir
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -730,7 +747,7 @@ def train(args: Args) -> dict:
     most = args.buffer_size + per_horizon * max(args.rollout_schedule[2:])
     ReplayBuffer(most, *dims, device)  # raises now if both buffers will not fit at their largest
     buffer = ReplayBuffer(args.buffer_size, *dims, device)
-    run_dir, settings, saved = open_run(args, device)
+    settings, saved = read_run(args, device)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
@@ -738,8 +755,9 @@ def train(args: Args) -> dict:
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         start, episode, seconds, evaluations = saved["progress"]
-        agent = restored(saved["agent"], agent, run_dir)
-        draw["generator"].set_state(saved["generator"].cpu())
+        agent = restored(saved["agent"], agent, args)
+        if len(saved["generator"]) == len(draw["generator"].get_state()):  # of such a device
+            draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
     nets["ensemble"] = Ensemble(args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden)
@@ -747,13 +765,14 @@ def train(args: Args) -> dict:
     horizon = rollout_horizon(start, args.rollout_schedule)
     synthetic = ReplayBuffer(per_horizon * horizon, *dims, device)
     if saved:
-        restored(saved["model"]["learner"], model["learner"], run_dir)
+        restored(saved["model"]["learner"], model["learner"], args)
         model = saved["model"]
         synthetic.add(saved["synthetic"])
         synthetic.added = saved["synthetic_added"]
     if saved and start == args.total_timesteps:
-        print(f"{run_dir} has all its {start} steps: a larger --total-timesteps goes on")
+        print(f"{run_folder(args)} has all its {start} steps: a larger --total-timesteps goes on")
         return {"evaluations": evaluations, "agent": agent}
+    run_dir = open_run(args, settings)
     resumes = f": goes on after step {start}" if saved else ": no checkpoint yet, begins at step 0"
     print(f"{run_dir} on {device}{resumes if args.resume else ''}", flush=True)
 
@@ -800,8 +819,7 @@ def train(args: Args) -> dict:
             if learned is None:
                 print(f"step {step}: compiling the updates, fitting the model", flush=True)
             if (step - args.learning_starts) % args.model_train_frequency == 0:
-                first = step == args.learning_starts
-                n = args.model_first_updates if first else args.model_updates
+                n = args.model_updates if step > args.learning_starts else args.model_first_updates
                 data, net = buffer.unpack(buffer.rows[: len(buffer)]), nets["ensemble"]
                 model, fit = fit_ensemble(model["learner"], data, n, update_model, net, args, draw)
                 check_finite(step, **{f"model {name}": value for name, value in fit.items()})
@@ -831,9 +849,9 @@ def train(args: Args) -> dict:
                         writer.add_scalar(f"sac/{name}_reward", mean, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
-            check_finite(step, **metrics, **agent["actor"]["params"])
             eval_env.name_prefix = f"step-{step}"  # of a video
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
+            check_finite(step, **metrics, **agent["actor"]["params"], evaluation=returns)
             seconds = time.perf_counter() - began
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
@@ -844,7 +862,7 @@ def train(args: Args) -> dict:
             if learned and step > learned[0]:
                 rate = (step - learned[0]) / (time.perf_counter() - learned[1])
                 left = tqdm.format_interval((args.total_timesteps - step) / rate)
-                text += f"  {rate:.3g} steps/s, {left} left"
+                text += f"  {rate:,.1f} steps/s, {left} left"
                 writer.add_scalar("train/steps_per_second", rate, step)
             tqdm.write(text)
             sys.stdout.flush()
@@ -865,8 +883,7 @@ def train(args: Args) -> dict:
         opened.close()
     if args.track:
         import_module("wandb").finish()
-    kept = ", ".join(sorted(path.name for path in run_dir.iterdir()))
-    print(f"{step} steps are done; {run_dir} holds {kept}")
+    print(f"{step} steps are done; {run_dir} holds {', '.join(sorted(os.listdir(run_dir)))}")
     return {"evaluations": evaluations, "agent": agent}
 
 
@@ -885,7 +902,7 @@ def main() -> None:
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         file = run_folder(args) / "checkpoint.pt"
-        step = torch.load(file, mmap=True)["progress"][0] if file.exists() else 0
+        step = torch.load(file, mmap=True)["progress"][0] if file.is_file() else 0
         sys.exit(f"error: interrupted; saved up to step {step}, from where --resume goes on")
 
 

@@ -89,7 +89,7 @@ def check_args(args: Args) -> None:
     precisions = ("highest", "high", "medium")
     counts = "total_timesteps learning_starts updates_per_step batch_size buffer_size eval_episodes"
     rules = [  # names, what must hold, and how to say it
-        (counts, lambda x: x >= 1, "at least 1"),
+        (counts, lambda x: isinstance(x, int) and x >= 1, "a whole number, at least 1"),
         ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
         ("eval_frequency checkpoint_frequency", lambda x: x >= 0, "0 or more"),
         ("gamma tau", lambda x: 0 < x <= 1, "above 0 and at most 1"),
@@ -118,10 +118,10 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
     module, _, name = env_id.rpartition(":")  # <module>:<id> names the module that registers it
     kwargs = {"render_mode": "rgb_array"} if render else {}
     hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as in J
-    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(name, "").split()}
+    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
     if name.startswith("dmc/"):
         name, kwargs["render_kwargs"] = f"dm_control/{name[4:]}-v0", {"camera_id": 0}
-    remedy = ""
+    made = False
     try:
         with warnings.catch_warnings(action="ignore"):  # libraries' words about libraries
             import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
@@ -130,7 +130,8 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
             if name not in gym.registry:
                 suite = import_module("dm_control.suite").ALL_TASKS
                 known = [*gym.registry, *(f"dmc/{domain}-{task}" for domain, task in suite)]
-                near = difflib.get_close_matches(env_id, known) or ["dmc/walker-run"]
+                near = difflib.get_close_matches(env_id.removeprefix(f"{module}:"), known)
+                near = [f"{module}:{x}" if module else x for x in near or ["dmc/walker-run"]]
                 raise InputError(f"no such task; did you mean {' or '.join(near)}?")
             limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
             env = gym.make(name, max_episode_steps=limit, disable_env_checker=True, **kwargs)
@@ -142,15 +143,20 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
                 wanted = "actions must be a bounded Box and observations vectors"
                 raise InputError(f"{wanted}, not {actions} and {states}")
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-            remedy = "; reset and step must return 2 and 5 values, as Gymnasium's do"
-            _, _ = env.reset(seed=0)  # what is broken is better found now than in the run
-            _, _, _, _, _ = env.step(np.zeros(actions.shape, np.float32))
-            remedy = "; apt install libegl1, and set MUJOCO_GL=egl"
+            made = True  # and tried: what is broken is better found now than in the run
+            obs, _ = env.reset(seed=0)
+            next_obs, _, _, _, _ = env.step(np.zeros(actions.shape, np.float32))
+            if not np.shape(obs) == np.shape(next_obs) == states.shape:
+                raise ValueError(f"observations are not of shape {states.shape}")
             if render:
                 env.render()
     except Exception as error:  # of the registry, of the environment, of the renderer
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"--env-id {env_id}: {reason}{remedy}") from None
+        reason = (str(error).strip(" .\n") or repr(error)).splitlines()[0]
+        if made and isinstance(error, TypeError | ValueError):
+            reason += "; reset and step must return 2 and 5 values, as Gymnasium's do"
+        elif made:
+            reason += "; if it is for want of OpenGL, apt install libegl1 and set MUJOCO_GL=egl"
+        raise InputError(f"--env-id {env_id}: {reason}") from None
     return env
 
 
@@ -383,8 +389,11 @@ def run_folder(args: Args) -> Path:
     return Path(args.run_root, f"{task}__{args.exp_name}__{args.seed}")
 
 
-def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]:
-    """The run's folder, settings, checkpoint or None; InputError, all kept, if it can't be used."""
+def read_run(args: Args, device: torch.device) -> tuple[dict, dict | None]:
+    """The run's settings, and the checkpoint that it goes on from, or None; writes nothing.
+
+    Raises InputError if the folder holds another run, or one that was not to be resumed.
+    """
     run_dir, saved = run_folder(args), None
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     settings = {"script": Path(__file__).name, "source": source} | asdict(args)
@@ -392,7 +401,7 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
     free = "source resume overwrite run_root total_timesteps checkpoint_frequency capture_video"
     free += " device track wandb_project_name wandb_entity"
     file, described = run_dir / "checkpoint.pt", run_dir / "args.json"
-    if args.resume and described.exists():
+    if args.resume and (file.exists() or described.exists()):
         try:
             saved = torch.load(file, map_location=device) if file.exists() else None
             held = saved["settings"] if saved else json.loads(described.read_text())
@@ -406,28 +415,36 @@ def open_run(args: Args, device: torch.device) -> tuple[Path, dict, dict | None]
             raise InputError(f"{run_dir} has {done} steps: --total-timesteps must not be less")
     elif run_dir.is_dir() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
+    return settings, saved
+
+
+def restored(saved: dict, fresh: dict, args: Args) -> dict:
+    """What was saved, if it has the tensors of a fresh state; InputError if it hasn't."""
+    if tree_map(Tensor.size, saved) != tree_map(Tensor.size, fresh):
+        script = Path(__file__).name
+        raise InputError(f"{run_folder(args)} holds a run of another version of {script}")
+    return saved
+
+
+def open_run(args: Args, settings: dict) -> Path:
+    """The run's folder, with args.json in it; InputError, nothing written, if that can't be."""
+    run_dir = run_folder(args)
     try:
-        if args.track:  # before anything is written
+        if args.track:
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity}
             names |= {"id": run_dir.name, "resume": "allow", "config": settings}
             import_module("wandb").init(**names, sync_tensorboard=True)
     except Exception as error:  # of the network, of the account, of the settings
-        raise InputError(f"--track: {error}; try `wandb login`, or WANDB_MODE=offline") from None
+        reason = str(error).strip(" .\n")
+        raise InputError(f"--track: {reason}; try `wandb login`, or WANDB_MODE=offline") from None
     try:
         if args.overwrite and not args.resume and run_dir.exists():
             shutil.rmtree(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        described.write_text(json.dumps(settings, indent=2) + "\n")
+        (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{run_dir}: {error.strerror}; choose another --run-root") from None
-    return run_dir, settings, saved
-
-
-def restored(saved: dict, fresh: dict, run_dir: Path) -> dict:
-    """What was saved, if it has the tensors of a fresh state; InputError if it hasn't."""
-    if tree_map(Tensor.size, saved) != tree_map(Tensor.size, fresh):
-        raise InputError(f"{run_dir} holds a run of another version of {Path(__file__).name}")
-    return saved
+    return run_dir
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -455,7 +472,7 @@ def train(args: Args) -> dict:
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     buffer = ReplayBuffer(args.buffer_size, *dims, device)
-    run_dir, settings, saved = open_run(args, device)
+    settings, saved = read_run(args, device)
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
     draw = {"generator": torch.Generator(device).manual_seed(args.seed), "device": device}
     nets = {"actor": mlp(dims[0], 2 * dims[1]), "critic": Critic(*dims)}
@@ -463,13 +480,15 @@ def train(args: Args) -> dict:
     start, episode, seconds, evaluations = 0, 0, 0.0, ["step,mean,std,min,max,episodes,seconds"]
     if saved:
         start, episode, seconds, evaluations = saved["progress"]
-        agent = restored(saved["agent"], agent, run_dir)
-        draw["generator"].set_state(saved["generator"].cpu())
+        agent = restored(saved["agent"], agent, args)
+        if len(saved["generator"]) == len(draw["generator"].get_state()):  # of such a device
+            draw["generator"].set_state(saved["generator"].cpu())
         buffer.add(saved["rows"])
         buffer.added = saved["added"]
     if saved and start == args.total_timesteps:
-        print(f"{run_dir} has all its {start} steps: a larger --total-timesteps goes on")
+        print(f"{run_folder(args)} has all its {start} steps: a larger --total-timesteps goes on")
         return {"evaluations": evaluations, "agent": agent}
+    run_dir = open_run(args, settings)
     resumes = f": goes on after step {start}" if saved else ": no checkpoint yet, begins at step 0"
     print(f"{run_dir} on {device}{resumes if args.resume else ''}", flush=True)
 
@@ -523,9 +542,9 @@ def train(args: Args) -> dict:
                     writer.add_scalar(f"sac/{name}", value, step)
 
         if args.eval_frequency and step % args.eval_frequency == 0:
-            check_finite(step, **metrics, **agent["actor"]["params"])
             eval_env.name_prefix = f"step-{step}"  # of a video
             returns, bias = evaluate(eval_env, agent, nets, args, step, buffer.unpack)
+            check_finite(step, **metrics, **agent["actor"]["params"], evaluation=returns)
             seconds = time.perf_counter() - began
             numbers = [*(f(returns) for f in (np.mean, np.std, min, max, len)), seconds]
             evaluations.append(f"{step}," + ",".join(f"{x:.6g}" for x in numbers))
@@ -536,7 +555,7 @@ def train(args: Args) -> dict:
             if learned and step > learned[0]:
                 rate = (step - learned[0]) / (time.perf_counter() - learned[1])
                 left = tqdm.format_interval((args.total_timesteps - step) / rate)
-                text += f"  {rate:.3g} steps/s, {left} left"
+                text += f"  {rate:,.1f} steps/s, {left} left"
                 writer.add_scalar("train/steps_per_second", rate, step)
             tqdm.write(text)
             sys.stdout.flush()
@@ -555,8 +574,7 @@ def train(args: Args) -> dict:
         opened.close()
     if args.track:
         import_module("wandb").finish()
-    kept = ", ".join(sorted(path.name for path in run_dir.iterdir()))
-    print(f"{step} steps are done; {run_dir} holds {kept}")
+    print(f"{step} steps are done; {run_dir} holds {', '.join(sorted(os.listdir(run_dir)))}")
     return {"evaluations": evaluations, "agent": agent}
 
 
@@ -575,7 +593,7 @@ def main() -> None:
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         file = run_folder(args) / "checkpoint.pt"
-        step = torch.load(file, mmap=True)["progress"][0] if file.exists() else 0
+        step = torch.load(file, mmap=True)["progress"][0] if file.is_file() else 0
         sys.exit(f"error: interrupted; saved up to step {step}, from where --resume goes on")
 
 

@@ -87,16 +87,14 @@ class ManySeeds:
 
     def check(self) -> None:
         """Raises the script's InputError if one of the runs would; leaves the disk as it is."""
-        open_run = self.script.open_run
+        read_run = self.script.read_run
 
-        def rehearse(args, device: torch.device) -> None:
-            writers = mock.patch.multiple(Path, mkdir=mock.Mock(), write_text=mock.Mock())
-            with writers, mock.patch("shutil.rmtree"):
-                open_run(args, device)
+        def note_device(args, device: torch.device) -> tuple:
             self.device = device
-            raise Stopped
+            return read_run(args, device)
 
-        with mock.patch.object(self.script, "open_run", rehearse):
+        hooks = {"read_run": note_device, "open_run": mock.Mock(side_effect=Stopped)}
+        with mock.patch.multiple(self.script, **hooks):
             for seed in self.seeds:
                 with suppress(Stopped):
                     self.script.train(replace(self.args, seed=seed))
@@ -105,8 +103,8 @@ class ManySeeds:
         """Trains all, to the end of the last; raises what stops them all."""
         self.check()
         script, settings = self.script, {"compile": self.args.compile}  # as the run folders have it
-        open_run, write_file = script.open_run, script.write_file
-        script.open_run = lambda args, device: open_run(replace(args, **settings), device)
+        read_run, write_file = script.read_run, script.write_file
+        script.read_run = lambda args, device: read_run(replace(args, **settings), device)
         own = partial(tree_map_only, Tensor, torch.clone)  # without others' share of the memory
         script.write_file = lambda path, content: write_file(path, own(content))
         self.jit = script.setup_torch(self.args, self.device)

@@ -250,11 +250,12 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
             check_task(script, here.env_id, here.capture_video)
             if hasattr(script, "termination_function"):
                 script.termination_function(here)
-            copy, settings, _ = script.open_run(args, None)
+            copy = script.run_folder(args)
             folder = root / copy.name
-            if (folder / "args.json").exists():  # compared by the script, which changes the copy
+            if (folder / "args.json").exists():  # without the checkpoint, which would take a while
+                copy.mkdir(parents=True)
                 shutil.copy(folder / "args.json", copy)
-                script.open_run(args, None)
+            settings, _ = script.read_run(args, None)
         except script.InputError as error:
             raise InputError(str(error).replace(scratch, str(root))) from None
     command = [sys.executable, str(ROOT / name), "--run-root", str(root), "--resume"]

@@ -20,7 +20,7 @@ def learn(script, root) -> list[float]:
         "run_root": str(root),
     }
     if script.__name__ != "sac":
-        settings |= {"total_timesteps": 4500, "model_max_updates": 200}
+        settings |= {"total_timesteps": 4500, "model_first_updates": 200, "model_updates": 200}
         settings |= {"ensemble_size": 5, "num_elites": 3, "model_hidden": 100}
     rows = script.train(script.Args(**settings))["evaluations"][1:]
     return [float(row.split(",")[1]) for row in rows]
