@@ -682,17 +682,18 @@ def read_run(args: Args, device: torch.device) -> tuple[dict, dict | None]:
     free = "source resume overwrite run_root total_timesteps checkpoint_frequency capture_video"
     free += " device track wandb_project_name wandb_entity"
     file, described = run_dir / "checkpoint.pt", run_dir / "args.json"
-    if args.resume and (file.exists() or described.exists()):
+    if args.resume and (file.is_file() or described.exists()):
         try:
-            saved = torch.load(file, map_location=device) if file.exists() else None
+            saved = torch.load(file, map_location=device) if file.is_file() else None
             held = saved["settings"] if saved else json.loads(described.read_text())
+            done = saved["progress"][0] if saved else 0
         except Exception:  # torch.load has no error of its own
             raise InputError(f"{file} is damaged or cut short: --overwrite starts anew") from None
         for name in sorted(settings.keys() - {*free.split()}):
             if (was := held.get(name, "unknown to an older script")) != settings[name]:
                 change = f"{name} {was}, not {settings[name]}: choose another --exp-name"
                 raise InputError(f"{run_dir} holds a run with {change}")
-        if saved and (done := saved["progress"][0]) > args.total_timesteps:
+        if done > args.total_timesteps:
             raise InputError(f"{run_dir} has {done} steps: --total-timesteps must not be less")
     elif run_dir.is_dir() and any(run_dir.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"{run_dir} holds a run: --resume goes on, --overwrite discards it")
