@@ -35,7 +35,7 @@ TRAINING = {  # tags in the figure of training: what they show, and the scale of
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/reward_error": ("reward error / variance", "log"),
     "model/reward_std_ratio": ("reward spread, predicted / real", "log"),
-    "model/state_error_mean": ("state error / variance", "log"),
+    "model/change_error_mean": ("state error / variance of s' - s", "log"),
 }
 EXAMPLES = """examples:
   python benchmarks/report.py                           prints the tables of benchmarks/results
