@@ -1,8 +1,10 @@
 """What the tests of whole runs share: the scripts, small settings, comparisons, TensorBoard."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,4 +109,5 @@ def one_error(stderr: str) -> str:
 def start(script: str, *words: str, **options) -> subprocess.Popen:
     """Starts a script as a child, with its output in pipes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # heeds Ctrl-C
     return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *words], **(pipes | options))
