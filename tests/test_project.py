@@ -13,7 +13,7 @@ import pytest
 from helpers_run import NAMES, ROOT, flags, small
 
 SOURCE = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
-SECTIONS = ["Arguments", "Environment", "Replay", "Networks", "Model", "SAC", "Evaluation"]
+SECTIONS = ["Arguments", "Environment", "Replay", "Networks", "Model", "SAC"]
 SECTIONS += ["Run folder", "Training"]
 REPAIRS = {"model_targets", "fit_ensemble", "model_step"}
 ABLATION = REPAIRS | {"Args"}
@@ -48,7 +48,7 @@ def blocks(name: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("name", "most"), list(zip(NAMES, [605, 915, 920, 925], strict=True)))
+@pytest.mark.parametrize(("name", "most"), list(zip(NAMES, [540, 830, 835, 840], strict=True)))
 def test_a_script_stays_short(name, most):
     """A script keeps to its number of lines, 100 columns, and 150 lines in train."""
     lines = SOURCE[name].splitlines()
