@@ -66,8 +66,7 @@ class Args:
     model_patience: int | None = None  # stop after more epochs with no member 1 % better (J: 5)
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
-    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)
-    """START END FROM TO: the horizon grows from FROM at step START to TO at step END (J); S: 1"""
+    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # START END FROM TO of horizons (J)
     real_ratio: float = 0.05  # share of real transitions in a SAC batch, rounded down (MBPO; J, S)
     never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
@@ -202,8 +201,7 @@ def termination_function(args: Args):
 def check_termination(terminates, args: Args, step: int, obs, action, next_obs, terminated) -> None:
     """Raises InputError if a real transition, in its own float64, ends unlike `terminates` says."""
     if terminated != bool(terminates(*map(torch.as_tensor, (obs, action, next_obs)))):
-        fault = f"terminated is {terminated} at step {step}, against HEALTHY or --never-terminates"
-        raise InputError(f"--env-id {args.env_id}: {fault}, at next state {next_obs.tolist()}")
+        raise InputError(f"step {step}: terminated is {terminated}, HEALTHY differs at {next_obs}")
 
 
 # --- Replay ---------------------------------------------------------------------------------------
@@ -487,14 +485,16 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
     """
     action, _ = sample_action(nets, actor, obs, noise[0])
     inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
-    params, best = model["learner"]["params"], model["elites"]
-    elites = {name: p if "log_var" in name else p[best] for name, p in params.items()}
+    params = model["learner"]["params"]
+    elites = {name: p if "log_var" in name else p[model["elites"]] for name, p in params.items()}
     mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1] of K
     branch = torch.arange(len(obs), device=obs.device)
     y = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
     m, d = model["scaler"]["targets"]
     y = m + d * y
-    return action, y[:, :-1], y[:, -1]
+    next_obs = y[:, :-1]
+    reward = y[:, -1]
+    return action, next_obs, reward
 
 
 def rollout(model, actor, starts: Batch, horizon, step_model, terminates, draw: dict) -> Tensor:
