@@ -38,19 +38,14 @@ one_of_each = pytest.mark.parametrize("script", [sac, mbpo], ids=["sac", "mbpo"]
 
 BAD = [  # flags, and what the line must say
     ("--env-id dmc/walker-rum", "did you mean dmc/walker-run"),
-    ("--env-id dmc/walker", "dmc/walker-"),
-    ("--env-id dmc/", "dmc/walker-run"),
     ("--env-id walker-run", "dmc/walker-run"),
     ("--env-id Hopper", "did you mean Hopper-v5"),
-    ("--env-id Hopper-v55", "Hopper-v5 "),
     ("--env-id NoSuchEnv-v0", "NoSuchEnv-v0: no such task"),
     ("--env-id no_such_module:Point-v0", "No module named 'no_such_module'"),
     ("--env-id CartPole-v1", "not Discrete"),
     ("--env-id dmc/lqr-lqr_2_1", "actions must be a bounded Box"),
     ("--total-timesteps 0", "--total-timesteps must be a whole number, at least 1, not 0"),
     ("--total-timesteps 39", "--total-timesteps must be at least --learning-starts, not 39"),
-    ("--learning-starts 0", "--learning-starts must be"),
-    ("--batch-size -1", "--batch-size must be a whole number, at least 1, not -1"),
     ("--gamma nan", "--gamma must be above 0 and at most 1, not nan"),
     ("--tau 1.5", "--tau must be above 0 and at most 1, not 1.5"),
     ("--policy-lr 0", "--policy-lr must be above 0 and finite, not 0.0"),
@@ -59,22 +54,16 @@ BAD = [  # flags, and what the line must say
     ("--seed -1", "--seed must be from 0 to 2^63 - 1, not -1"),
     ("--seed 9223372036854775808", "--seed must be from 0 to 2^63 - 1, not 9223372036854775808"),
     (f"--device {OTHER}", "--device must be one that is here (auto, c"),
-    ("--device tpu", "not 'tpu'"),
-    ("--matmul-precision low", "--matmul-precision must be one of highest, high, medium, not"),
     ("--exp-name a/b", "--exp-name must be a name without /, not 'a/b'"),
     ("--buffer-size 1000000000000", "replay buffer"),
     ("--run-root {root}/file/below", "choose another --run-root"),
-    ("--run-root /proc/runs", "choose another --run-root"),
 ]
 BAD_MODEL = [
     ("--num-elites 9", "--num-elites must be from 1 to --ensemble-size, not 9"),
-    ("--ensemble-size 0", "--ensemble-size must be a whole number, at least 1, not 0"),
     ("--model-patience 0", "--model-patience must be at least 1, not 0"),
     ("--real-ratio 1", "--real-ratio must be at least 0 and below 1, not 1.0"),
-    ("--real-ratio -0.1", "--real-ratio must be at least 0 and below 1, not -0.1"),
     ("--batch-size 16 --real-ratio 0.05", "--batch-size must be 1 / --real-ratio or more, not 16"),
     ("--holdout-ratio 1", "--holdout-ratio must be above 0 and below 1, not 1.0"),
-    ("--holdout-ratio 0", "--holdout-ratio must be above 0 and below 1, not 0.0"),
     ("--learning-starts 4", "--learning-starts must be"),
     ("--buffer-size 4", "--buffer-size must be"),
     ("--rollout-schedule 10 5 1 1", "--rollout-schedule must be steps START < END"),
@@ -155,14 +144,16 @@ def test_a_renderer_that_is_missing_is_named(refused, monkeypatch):
     assert "MUJOCO_GL" in line
 
 
-def test_a_task_that_renders_needs_opengl(run, tmp_path):
+def test_a_task_that_renders_needs_opengl(refused, monkeypatch):
     """quadruped-escape draws its ground; where there is no OpenGL, one line says what to set."""
-    env = os.environ | {"MUJOCO_GL": "disabled"}
-    words = flags(small("sac", env_id="dmc/quadruped-escape", run_root=tmp_path / "runs"))
-    child = run("sac", *words, env=env)
-    assert child.returncode == 2
-    assert "MUJOCO_GL" in one_error(child.stderr)
-    assert not list(tmp_path.iterdir())
+
+    def fail(*_):
+        raise RuntimeError("no OpenGL rendering backend")
+
+    monkeypatch.setattr("dm_control.mujoco.Physics.contexts", property(fail))
+    line = refused(sac, flags(small("sac", env_id="dmc/quadruped-escape")))
+    assert "no OpenGL rendering backend; " in line
+    assert "MUJOCO_GL" in line
 
 
 class Made(PendulumEnv):
@@ -234,8 +225,7 @@ def test_a_model_must_know_when_a_task_of_ones_own_ends(main, refused, monkeypat
     assert main(mbpo, [*words, "--exp-name", "healthy"])[0] == 0
 
 
-@pytest.mark.parametrize("part", ["reset", "step"])
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("part", "dims"), [("reset", 2), ("reset", 3), ("step", 3)])
 def test_a_task_of_the_old_interface_is_refused(part, dims, fault, refused, monkeypatch):
     """A reset that returns observations alone, a step that returns 4 values; of any dimensions."""
     reset, step = Made._get_obs, PendulumEnv.__init__
@@ -429,7 +419,6 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     "predict_residual": ({"predict_residual": False}, models_otherwise),
 }
 BELOW = {"compile", "track", "wandb_project_name", "wandb_entity", "capture_video"}
-ELSEWHERE = {"matmul_precision"}  # in test_precision.py
 
 
 def first_with(name: str):
@@ -439,7 +428,7 @@ def first_with(name: str):
 
 def test_every_flag_has_a_test():
     """The table and the tests below it are about all flags."""
-    assert {*FLIPPED, *BELOW, *ELSEWHERE} == {name for each in SCRIPTS for name in fields(each)}
+    assert {*FLIPPED, *BELOW} == {name for each in SCRIPTS for name in fields(each)}
 
 
 @pytest.mark.parametrize("name", FLIPPED)
@@ -450,16 +439,6 @@ def test_a_flag_does_what_it_says(name, base, tmp_path):
     settings = small(script.__name__, **({"run_root": str(tmp_path)} | changes))
     assert set(changes) <= {name, "env_id", "model_train_frequency"}
     assert holds(Outcome(script, settings), base(script))
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_compile_asks_torch_to_compile(on, tmp_path, monkeypatch):
-    """The updates are handed to torch.compile, which is off only with --no-compile."""
-    asked = []
-    keep = lambda function, disable, **_: asked.append(disable) or function  # noqa: E731
-    monkeypatch.setattr(torch, "compile", keep)
-    sac.train(sac.Args(**small("sac", run_root=str(tmp_path), compile=on)))
-    assert {*asked} == {not on}
 
 
 def test_without_a_real_share_no_curve_is_of_nothing(tmp_path):
@@ -598,14 +577,22 @@ def test_progress_on_stdout(script, main, tmp_path):
     assert first == f"{folder_of(tmp_path, script.__name__)} on {sac_device()}"
     shown = r"step +(\d+)  return +-?[\d.]+ \+- [\d.]+(?:  ([\d.]+) steps/s, (\S+) left)?"
     matches = [re.fullmatch(shown, line) for line in lines]
-    (other,) = [line for line, match in zip(lines, matches, strict=True) if not match]
-    assert other.startswith("step 40: compiling")
     evaluations = [match.groups() for match in matches if match]
     assert [int(step) for step, *_ in evaluations] == [0, 20, 40, 60, 80]
-    assert all((rate is None) == (int(step) <= 40) for step, rate, _ in evaluations)
-    assert evaluations[-1][2] == "00:00"
+    assert evaluations[0][1] is None  # nothing is known yet
+    assert all(rate for step, rate, _ in evaluations if int(step) > 40)
+    assert re.fullmatch("[0:]+", evaluations[-1][2])
     assert "80 steps are done" in last
     assert "checkpoint.pt" in last
+
+
+def test_progress_between_evaluations(main):
+    """Every 1,000 steps there is a line, so that nobody waits for long."""
+    changes = {"total_timesteps": 2000, "learning_starts": 1990, "eval_frequency": 0}
+    code, out, _ = main(sac, flags(small("sac", **changes)))
+    steps = {int(step) for step in re.findall(r"^step +(\d+)\b", out, re.MULTILINE)}
+    assert code == 0
+    assert {1000, 2000} <= steps
 
 
 def sac_device() -> str:
@@ -633,18 +620,14 @@ def test_from_python_nothing_is_warned_of(tmp_path):
     assert "Warning" not in child.stderr
 
 
-def all_tasks() -> list[tuple[str, str]]:
-    """The suite's tasks; quadruped-escape needs a renderer, lqr's actions have no bounds."""
+def test_every_domain_of_the_suite_can_be_made():
+    """Observations are flat, actions in [-1, 1]; of lqr alone, actions have no bounds."""
     from dm_control import suite
 
-    return [task for task in suite.ALL_TASKS if task[0] != "lqr" and task[1] != "escape"]
-
-
-def test_every_task_of_the_suite_can_be_made():
-    """Observations are flat, actions in [-1, 1]."""
-    tasks = all_tasks()
-    assert len(tasks) >= 40
-    for domain, task in tasks:
+    tasks = {domain: task for domain, task in suite.ALL_TASKS if task != "escape"}
+    del tasks["lqr"]
+    assert len(tasks) >= 15
+    for domain, task in tasks.items():
         env = sac.make_env(f"dmc/{domain}-{task}")
         obs, _ = env.reset(seed=1)
         assert obs.shape == env.observation_space.shape == (obs.size,)
@@ -734,15 +717,20 @@ def test_a_model_that_diverges_stops_the_run(main):
     assert "is not finite at step 40: the run stops" in err
 
 
-def test_without_a_compiler_a_run_goes_on(run, tmp_path):
-    """Where torch.compile has no C++ compiler, one line says so and the run ends as ever."""
-    (tmp_path / "bin").mkdir()
-    env = os.environ | {"CXX": "/nonexistent", "PATH": str(tmp_path / "bin")}
-    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
-    words = flags(small("sac", run_root=str(tmp_path / "runs"), compile=True))
-    child = run("sac", *words, env=env)
-    assert child.returncode == 0, child.stderr
-    lines = [line for line in child.stderr.splitlines() if line.startswith("going on uncompiled: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in child.stderr
-    assert len(read_evaluations(folder_of(tmp_path / "runs", "sac"))) == 4
+def test_without_a_compiler_a_run_goes_on(main, tmp_path, monkeypatch):
+    """Where torch.compile fails, one line says so and the run goes on; --no-compile says none."""
+
+    def compile(function, disable=False, **_):
+        def fail(*_):
+            raise RuntimeError("no C++ compiler\nsecond line")
+
+        return function if disable else fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    code, _, err = main(sac, flags(small("sac", compile=True)))
+    assert code == 0
+    assert err.startswith("going on uncompiled: ")
+    assert "no C++ compiler" in err
+    assert err.count("\n") == 1
+    assert len(read_evaluations(folder_of(tmp_path, "sac"))) == 4
+    assert main(sac, flags(small("sac", exp_name="plain")))[::2] == (0, "")
