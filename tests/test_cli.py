@@ -311,6 +311,11 @@ class Outcome:
         return read_evaluations(self.folder)
 
 
+def brief(script: str, **changes) -> dict:
+    """Settings of a small run that learns for 20 steps."""
+    return small(script, **({"total_timesteps": 60} | changes))
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The small run of a script that all flags are flipped from, made once."""
@@ -319,7 +324,7 @@ def base(tmp_path_factory):
     def of(script) -> Outcome:
         name = script.__name__
         if name not in made:
-            made[name] = Outcome(script, small(name, run_root=str(tmp_path_factory.mktemp(name))))
+            made[name] = Outcome(script, brief(name, run_root=str(tmp_path_factory.mktemp(name))))
         return made[name]
 
     return of
@@ -343,8 +348,8 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
         {"seed": 2},
         lambda new, old: new.folder.name.endswith("__2") and not same(new.rows[:9], old.rows[:9]),
     ),
-    "total_timesteps": ({"total_timesteps": 90}, lambda new, old: new.step == len(new.rows) == 90),
-    "learning_starts": ({"learning_starts": 60}, learns_otherwise),
+    "total_timesteps": ({"total_timesteps": 70}, lambda new, old: new.step == len(new.rows) == 70),
+    "learning_starts": ({"learning_starts": 50}, learns_otherwise),
     "updates_per_step": (
         {"updates_per_step": 2},
         lambda new, old: new.saved["agent"]["actor"]["t"] == 2 * old.saved["agent"]["actor"]["t"],
@@ -361,12 +366,12 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     "alpha": ({"alpha": 0.5}, learns_otherwise),
     "target_entropy": ({"target_entropy": 3.0}, learns_otherwise),
     "buffer_size": (
-        {"buffer_size": 60},
-        lambda new, old: len(new.rows) == 60 and new.saved["added"] == 80,
+        {"buffer_size": 50},
+        lambda new, old: len(new.rows) == 50 and new.saved["added"] == 60,
     ),
     "eval_frequency": (
         {"eval_frequency": 20},
-        lambda new, old: [row[0] for row in new.evaluations[1:]] == ["0", "20", "40", "60", "80"],
+        lambda new, old: [row[0] for row in new.evaluations[1:]] == ["0", "20", "40", "60"],
     ),
     "eval_episodes": (
         {"eval_episodes": 3},
@@ -389,23 +394,23 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     ),
     "model_lr": ({"model_lr": 1e-2}, models_otherwise),
     "model_train_frequency": (
-        {"model_train_frequency": 15},
+        {"model_train_frequency": 8},
         lambda new, old: (new.learner["t"], old.learner["t"]) == (30 + 5 + 5, 30),
     ),
     "model_first_updates": ({"model_first_updates": 3}, lambda new, old: new.learner["t"] == 3),
     "model_updates": (
-        {"model_updates": 7, "model_train_frequency": 20},
+        {"model_updates": 7, "model_train_frequency": 10},
         lambda new, old: new.learner["t"] == 30 + 7 + 7,
     ),
     "model_patience": ({"model_patience": 1}, lambda new, old: new.learner["t"] not in (0, 30)),
     "holdout_ratio": ({"holdout_ratio": 0.5}, models_otherwise),
     "rollouts_per_step": (
         {"rollouts_per_step": 5},
-        lambda new, old: len(new.saved["synthetic"]) == 41 * 5,
+        lambda new, old: len(new.saved["synthetic"]) == 21 * 5,
     ),
     "rollout_schedule": (
         {"rollout_schedule": (0, 1, 1, 2)},
-        lambda new, old: len(new.saved["synthetic"]) > len(old.saved["synthetic"]) == 410,
+        lambda new, old: len(new.saved["synthetic"]) > len(old.saved["synthetic"]) == 210,
     ),
     "real_ratio": ({"real_ratio": 0.5}, learns_otherwise),
     "never_terminates": (
@@ -436,7 +441,7 @@ def test_a_flag_does_what_it_says(name, base, tmp_path):
     """With one flag flipped a run ends, and differs from the base run as the flag says."""
     changes, holds = FLIPPED[name]
     script = first_with(name)
-    settings = small(script.__name__, **({"run_root": str(tmp_path)} | changes))
+    settings = brief(script.__name__, **({"run_root": str(tmp_path)} | changes))
     assert set(changes) <= {name, "env_id", "model_train_frequency"}
     assert holds(Outcome(script, settings), base(script))
 
@@ -687,7 +692,7 @@ def test_actions_are_scaled_to_the_tasks_range():
 def test_evaluations_leave_training_alone(base, tmp_path):
     """With evaluations or none, a run learns the same to the bit."""
     old = base(mbpo)
-    new = Outcome(mbpo, small("mbpo", run_root=str(tmp_path), eval_frequency=0))
+    new = Outcome(mbpo, brief("mbpo", run_root=str(tmp_path), eval_frequency=0))
     assert not (new.folder / "eval.csv").exists()
     for part in old.saved.keys() - {"settings", "progress"}:
         assert same(new.saved[part], old.saved[part]), part
