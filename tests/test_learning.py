@@ -1,4 +1,4 @@
-"""Every script learns a task of the DeepMind Control Suite, on the real task and in a minute."""
+"""Every script learns a real task of the DeepMind Control Suite within a minute or two."""
 
 import gymnasium as gym
 import numpy as np
@@ -34,7 +34,14 @@ MODEL = {
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_script_learns(script, tmp_path, monkeypatch):
-    """TODO"""
+    """A pole that hangs is swung up: the mean return of the last two evaluations is above 20.
+
+    Seeds 1, 2 and 3 reached sac 43, 35, 30; mbpo 29, 40, 29; mbpo_ftfl 36, 36, 28 and
+    mbpo_residual_ablation 31, 38, 31. Broken on purpose, with seed 1: critics without the reward
+    in their target 0, 0, 0 and 2 (sac with seed 3: 13); a model that predicts no reward 0, 0 and
+    2 of mbpo, mbpo_ftfl and mbpo_residual_ablation; one that says s' = s 4, 6 and 4 (mbpo_ftfl
+    with seed 3: 10).
+    """
     coarse = {"control_timestep": 0.05}  # seconds: 200 steps an episode, instead of 1,000
     kwargs = gym.spec("dm_control/cartpole-swingup-v0").kwargs
     monkeypatch.setitem(kwargs, "environment_kwargs", coarse)
@@ -42,5 +49,4 @@ def test_a_script_learns(script, tmp_path, monkeypatch):
     settings = SETTINGS | ({} if script.__name__ == "sac" else MODEL)
     rows = script.train(script.Args(**settings, run_root=str(tmp_path)))["evaluations"][1:]
     returns = [float(row.split(",")[1]) for row in rows]
-    assert returns[0] < 20
-    assert np.mean(returns[3:]) > 25, returns
+    assert np.mean(returns[-2:]) > 20, returns
