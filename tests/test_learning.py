@@ -40,7 +40,7 @@ def test_a_script_learns(script, tmp_path, monkeypatch):
     mbpo_residual_ablation 31, 38, 31. Broken on purpose, with seed 1: critics without the reward
     in their target 0, 0, 0 and 2 (sac with seed 3: 13); a model that predicts no reward 0, 0 and
     2 of mbpo, mbpo_ftfl and mbpo_residual_ablation; one that says s' = s 4, 6 and 4 (mbpo_ftfl
-    with seed 3: 10).
+    with seed 3: 10). Before it learns, a policy gets 14, 1 and 26, by the seed.
     """
     coarse = {"control_timestep": 0.05}  # seconds: 200 steps an episode, instead of 1,000
     kwargs = gym.spec("dm_control/cartpole-swingup-v0").kwargs
@@ -49,4 +49,5 @@ def test_a_script_learns(script, tmp_path, monkeypatch):
     settings = SETTINGS | ({} if script.__name__ == "sac" else MODEL)
     rows = script.train(script.Args(**settings, run_root=str(tmp_path)))["evaluations"][1:]
     returns = [float(row.split(",")[1]) for row in rows]
+    assert returns[0] < 20
     assert np.mean(returns[-2:]) > 20, returns
