@@ -38,19 +38,14 @@ one_of_each = pytest.mark.parametrize("script", [sac, mbpo], ids=["sac", "mbpo"]
 
 BAD = [  # flags, and what the line must say
     ("--env-id dmc/walker-rum", "did you mean dmc/walker-run"),
-    ("--env-id dmc/walker", "dmc/walker-"),
-    ("--env-id dmc/", "dmc/walker-run"),
     ("--env-id walker-run", "dmc/walker-run"),
     ("--env-id Hopper", "did you mean Hopper-v5"),
-    ("--env-id Hopper-v55", "Hopper-v5 "),
     ("--env-id NoSuchEnv-v0", "NoSuchEnv-v0: no such task"),
     ("--env-id no_such_module:Point-v0", "No module named 'no_such_module'"),
     ("--env-id CartPole-v1", "not Discrete"),
     ("--env-id dmc/lqr-lqr_2_1", "actions must be a bounded Box"),
     ("--total-timesteps 0", "--total-timesteps must be a whole number, at least 1, not 0"),
     ("--total-timesteps 39", "--total-timesteps must be at least --learning-starts, not 39"),
-    ("--learning-starts 0", "--learning-starts must be"),
-    ("--batch-size -1", "--batch-size must be a whole number, at least 1, not -1"),
     ("--gamma nan", "--gamma must be above 0 and at most 1, not nan"),
     ("--tau 1.5", "--tau must be above 0 and at most 1, not 1.5"),
     ("--policy-lr 0", "--policy-lr must be above 0 and finite, not 0.0"),
@@ -59,22 +54,16 @@ BAD = [  # flags, and what the line must say
     ("--seed -1", "--seed must be from 0 to 2^63 - 1, not -1"),
     ("--seed 9223372036854775808", "--seed must be from 0 to 2^63 - 1, not 9223372036854775808"),
     (f"--device {OTHER}", "--device must be one that is here (auto, c"),
-    ("--device tpu", "not 'tpu'"),
-    ("--matmul-precision low", "--matmul-precision must be one of highest, high, medium, not"),
     ("--exp-name a/b", "--exp-name must be a name without /, not 'a/b'"),
     ("--buffer-size 1000000000000", "replay buffer"),
     ("--run-root {root}/file/below", "choose another --run-root"),
-    ("--run-root /proc/runs", "choose another --run-root"),
 ]
 BAD_MODEL = [
     ("--num-elites 9", "--num-elites must be from 1 to --ensemble-size, not 9"),
-    ("--ensemble-size 0", "--ensemble-size must be a whole number, at least 1, not 0"),
     ("--model-patience 0", "--model-patience must be at least 1, not 0"),
     ("--real-ratio 1", "--real-ratio must be at least 0 and below 1, not 1.0"),
-    ("--real-ratio -0.1", "--real-ratio must be at least 0 and below 1, not -0.1"),
     ("--batch-size 16 --real-ratio 0.05", "--batch-size must be 1 / --real-ratio or more, not 16"),
     ("--holdout-ratio 1", "--holdout-ratio must be above 0 and below 1, not 1.0"),
-    ("--holdout-ratio 0", "--holdout-ratio must be above 0 and below 1, not 0.0"),
     ("--learning-starts 4", "--learning-starts must be"),
     ("--buffer-size 4", "--buffer-size must be"),
     ("--rollout-schedule 10 5 1 1", "--rollout-schedule must be steps START < END"),
@@ -155,14 +144,16 @@ def test_a_renderer_that_is_missing_is_named(refused, monkeypatch):
     assert "MUJOCO_GL" in line
 
 
-def test_a_task_that_renders_needs_opengl(run, tmp_path):
+def test_a_task_that_renders_needs_opengl(refused, monkeypatch):
     """quadruped-escape draws its ground; where there is no OpenGL, one line says what to set."""
-    env = os.environ | {"MUJOCO_GL": "disabled"}
-    words = flags(small("sac", env_id="dmc/quadruped-escape", run_root=tmp_path / "runs"))
-    child = run("sac", *words, env=env)
-    assert child.returncode == 2
-    assert "MUJOCO_GL" in one_error(child.stderr)
-    assert not list(tmp_path.iterdir())
+
+    def fail(*_):
+        raise RuntimeError("no OpenGL rendering backend")
+
+    monkeypatch.setattr("dm_control.mujoco.Physics.contexts", property(fail))
+    line = refused(sac, flags(small("sac", env_id="dmc/quadruped-escape")))
+    assert "no OpenGL rendering backend; " in line
+    assert "MUJOCO_GL" in line
 
 
 class Made(PendulumEnv):
@@ -234,8 +225,7 @@ def test_a_model_must_know_when_a_task_of_ones_own_ends(main, refused, monkeypat
     assert main(mbpo, [*words, "--exp-name", "healthy"])[0] == 0
 
 
-@pytest.mark.parametrize("part", ["reset", "step"])
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("part", "dims"), [("reset", 2), ("reset", 3), ("step", 3)])
 def test_a_task_of_the_old_interface_is_refused(part, dims, fault, refused, monkeypatch):
     """A reset that returns observations alone, a step that returns 4 values; of any dimensions."""
     reset, step = Made._get_obs, PendulumEnv.__init__
@@ -321,6 +311,11 @@ class Outcome:
         return read_evaluations(self.folder)
 
 
+def brief(script: str, **changes) -> dict:
+    """Settings of a small run that learns for 20 steps."""
+    return small(script, **({"total_timesteps": 60} | changes))
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The small run of a script that all flags are flipped from, made once."""
@@ -329,7 +324,7 @@ def base(tmp_path_factory):
     def of(script) -> Outcome:
         name = script.__name__
         if name not in made:
-            made[name] = Outcome(script, small(name, run_root=str(tmp_path_factory.mktemp(name))))
+            made[name] = Outcome(script, brief(name, run_root=str(tmp_path_factory.mktemp(name))))
         return made[name]
 
     return of
@@ -353,8 +348,8 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
         {"seed": 2},
         lambda new, old: new.folder.name.endswith("__2") and not same(new.rows[:9], old.rows[:9]),
     ),
-    "total_timesteps": ({"total_timesteps": 90}, lambda new, old: new.step == len(new.rows) == 90),
-    "learning_starts": ({"learning_starts": 60}, learns_otherwise),
+    "total_timesteps": ({"total_timesteps": 70}, lambda new, old: new.step == len(new.rows) == 70),
+    "learning_starts": ({"learning_starts": 50}, learns_otherwise),
     "updates_per_step": (
         {"updates_per_step": 2},
         lambda new, old: new.saved["agent"]["actor"]["t"] == 2 * old.saved["agent"]["actor"]["t"],
@@ -371,12 +366,12 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     "alpha": ({"alpha": 0.5}, learns_otherwise),
     "target_entropy": ({"target_entropy": 3.0}, learns_otherwise),
     "buffer_size": (
-        {"buffer_size": 60},
-        lambda new, old: len(new.rows) == 60 and new.saved["added"] == 80,
+        {"buffer_size": 50},
+        lambda new, old: len(new.rows) == 50 and new.saved["added"] == 60,
     ),
     "eval_frequency": (
         {"eval_frequency": 20},
-        lambda new, old: [row[0] for row in new.evaluations[1:]] == ["0", "20", "40", "60", "80"],
+        lambda new, old: [row[0] for row in new.evaluations[1:]] == ["0", "20", "40", "60"],
     ),
     "eval_episodes": (
         {"eval_episodes": 3},
@@ -399,23 +394,23 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     ),
     "model_lr": ({"model_lr": 1e-2}, models_otherwise),
     "model_train_frequency": (
-        {"model_train_frequency": 15},
+        {"model_train_frequency": 8},
         lambda new, old: (new.learner["t"], old.learner["t"]) == (30 + 5 + 5, 30),
     ),
     "model_first_updates": ({"model_first_updates": 3}, lambda new, old: new.learner["t"] == 3),
     "model_updates": (
-        {"model_updates": 7, "model_train_frequency": 20},
+        {"model_updates": 7, "model_train_frequency": 10},
         lambda new, old: new.learner["t"] == 30 + 7 + 7,
     ),
     "model_patience": ({"model_patience": 1}, lambda new, old: new.learner["t"] not in (0, 30)),
     "holdout_ratio": ({"holdout_ratio": 0.5}, models_otherwise),
     "rollouts_per_step": (
         {"rollouts_per_step": 5},
-        lambda new, old: len(new.saved["synthetic"]) == 41 * 5,
+        lambda new, old: len(new.saved["synthetic"]) == 21 * 5,
     ),
     "rollout_schedule": (
         {"rollout_schedule": (0, 1, 1, 2)},
-        lambda new, old: len(new.saved["synthetic"]) > len(old.saved["synthetic"]) == 410,
+        lambda new, old: len(new.saved["synthetic"]) > len(old.saved["synthetic"]) == 210,
     ),
     "real_ratio": ({"real_ratio": 0.5}, learns_otherwise),
     "never_terminates": (
@@ -429,7 +424,6 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     "predict_residual": ({"predict_residual": False}, models_otherwise),
 }
 BELOW = {"compile", "track", "wandb_project_name", "wandb_entity", "capture_video"}
-ELSEWHERE = {"matmul_precision"}  # in test_precision.py
 
 
 def first_with(name: str):
@@ -439,7 +433,7 @@ def first_with(name: str):
 
 def test_every_flag_has_a_test():
     """The table and the tests below it are about all flags."""
-    assert {*FLIPPED, *BELOW, *ELSEWHERE} == {name for each in SCRIPTS for name in fields(each)}
+    assert {*FLIPPED, *BELOW} == {name for each in SCRIPTS for name in fields(each)}
 
 
 @pytest.mark.parametrize("name", FLIPPED)
@@ -447,19 +441,9 @@ def test_a_flag_does_what_it_says(name, base, tmp_path):
     """With one flag flipped a run ends, and differs from the base run as the flag says."""
     changes, holds = FLIPPED[name]
     script = first_with(name)
-    settings = small(script.__name__, **({"run_root": str(tmp_path)} | changes))
+    settings = brief(script.__name__, **({"run_root": str(tmp_path)} | changes))
     assert set(changes) <= {name, "env_id", "model_train_frequency"}
     assert holds(Outcome(script, settings), base(script))
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_compile_asks_torch_to_compile(on, tmp_path, monkeypatch):
-    """The updates are handed to torch.compile, which is off only with --no-compile."""
-    asked = []
-    keep = lambda function, disable, **_: asked.append(disable) or function  # noqa: E731
-    monkeypatch.setattr(torch, "compile", keep)
-    sac.train(sac.Args(**small("sac", run_root=str(tmp_path), compile=on)))
-    assert {*asked} == {not on}
 
 
 def test_without_a_real_share_no_curve_is_of_nothing(tmp_path):
@@ -598,14 +582,22 @@ def test_progress_on_stdout(script, main, tmp_path):
     assert first == f"{folder_of(tmp_path, script.__name__)} on {sac_device()}"
     shown = r"step +(\d+)  return +-?[\d.]+ \+- [\d.]+(?:  ([\d.]+) steps/s, (\S+) left)?"
     matches = [re.fullmatch(shown, line) for line in lines]
-    (other,) = [line for line, match in zip(lines, matches, strict=True) if not match]
-    assert other.startswith("step 40: compiling")
     evaluations = [match.groups() for match in matches if match]
     assert [int(step) for step, *_ in evaluations] == [0, 20, 40, 60, 80]
-    assert all((rate is None) == (int(step) <= 40) for step, rate, _ in evaluations)
-    assert evaluations[-1][2] == "00:00"
+    assert evaluations[0][1] is None  # nothing is known yet
+    assert all(rate for step, rate, _ in evaluations if int(step) > 40)
+    assert re.fullmatch("[0:]+", evaluations[-1][2])
     assert "80 steps are done" in last
     assert "checkpoint.pt" in last
+
+
+def test_progress_between_evaluations(main):
+    """Every 1,000 steps there is a line, so that nobody waits for long."""
+    changes = {"total_timesteps": 2000, "learning_starts": 1990, "eval_frequency": 0}
+    code, out, _ = main(sac, flags(small("sac", **changes)))
+    steps = {int(step) for step in re.findall(r"^step +(\d+)\b", out, re.MULTILINE)}
+    assert code == 0
+    assert {1000, 2000} <= steps
 
 
 def sac_device() -> str:
@@ -633,18 +625,14 @@ def test_from_python_nothing_is_warned_of(tmp_path):
     assert "Warning" not in child.stderr
 
 
-def all_tasks() -> list[tuple[str, str]]:
-    """The suite's tasks; quadruped-escape needs a renderer, lqr's actions have no bounds."""
+def test_every_domain_of_the_suite_can_be_made():
+    """Observations are flat, actions in [-1, 1]; of lqr alone, actions have no bounds."""
     from dm_control import suite
 
-    return [task for task in suite.ALL_TASKS if task[0] != "lqr" and task[1] != "escape"]
-
-
-def test_every_task_of_the_suite_can_be_made():
-    """Observations are flat, actions in [-1, 1]."""
-    tasks = all_tasks()
-    assert len(tasks) >= 40
-    for domain, task in tasks:
+    tasks = {domain: task for domain, task in suite.ALL_TASKS if task != "escape"}
+    del tasks["lqr"]
+    assert len(tasks) >= 15
+    for domain, task in tasks.items():
         env = sac.make_env(f"dmc/{domain}-{task}")
         obs, _ = env.reset(seed=1)
         assert obs.shape == env.observation_space.shape == (obs.size,)
@@ -704,7 +692,7 @@ def test_actions_are_scaled_to_the_tasks_range():
 def test_evaluations_leave_training_alone(base, tmp_path):
     """With evaluations or none, a run learns the same to the bit."""
     old = base(mbpo)
-    new = Outcome(mbpo, small("mbpo", run_root=str(tmp_path), eval_frequency=0))
+    new = Outcome(mbpo, brief("mbpo", run_root=str(tmp_path), eval_frequency=0))
     assert not (new.folder / "eval.csv").exists()
     for part in old.saved.keys() - {"settings", "progress"}:
         assert same(new.saved[part], old.saved[part]), part
@@ -734,15 +722,20 @@ def test_a_model_that_diverges_stops_the_run(main):
     assert "is not finite at step 40: the run stops" in err
 
 
-def test_without_a_compiler_a_run_goes_on(run, tmp_path):
-    """Where torch.compile has no C++ compiler, one line says so and the run ends as ever."""
-    (tmp_path / "bin").mkdir()
-    env = os.environ | {"CXX": "/nonexistent", "PATH": str(tmp_path / "bin")}
-    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
-    words = flags(small("sac", run_root=str(tmp_path / "runs"), compile=True))
-    child = run("sac", *words, env=env)
-    assert child.returncode == 0, child.stderr
-    lines = [line for line in child.stderr.splitlines() if line.startswith("going on uncompiled: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in child.stderr
-    assert len(read_evaluations(folder_of(tmp_path / "runs", "sac"))) == 4
+def test_without_a_compiler_a_run_goes_on(main, tmp_path, monkeypatch):
+    """Where torch.compile fails, one line says so and the run goes on; --no-compile says none."""
+
+    def compile(function, disable=False, **_):
+        def fail(*_):
+            raise RuntimeError("no C++ compiler\nsecond line")
+
+        return function if disable else fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    code, _, err = main(sac, flags(small("sac", compile=True)))
+    assert code == 0
+    assert err.startswith("going on uncompiled: ")
+    assert "no C++ compiler" in err
+    assert err.count("\n") == 1
+    assert len(read_evaluations(folder_of(tmp_path, "sac"))) == 4
+    assert main(sac, flags(small("sac", exp_name="plain")))[::2] == (0, "")

@@ -2,14 +2,12 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from helpers_run import (
     flags,
     folder_of,
     listing,
+    one_error,
     read_checkpoint,
     read_evaluations,
     read_scalars,
@@ -27,33 +26,23 @@ from helpers_run import (
 )
 
 import mbpo
+import mbpo_ftfl
 import sac
 
-SCRIPTS = ["sac", "mbpo_ftfl"]
-TOTAL = 1020  # the last 120 steps learn; the ring of real transitions is full by then
-CHANGES = {"total_timesteps": TOTAL, "learning_starts": 900, "eval_frequency": 40}
-CHANGES |= {"checkpoint_frequency": 40, "model_train_frequency": 50, "model_updates": 5}
+TOTAL = 1010  # the last 60 steps learn; the ring of real transitions is full by then
+CHANGES = {"total_timesteps": TOTAL, "learning_starts": 950, "eval_frequency": 100}
+CHANGES |= {"checkpoint_frequency": 40, "model_train_frequency": 25, "model_updates": 5}
 CHANGES |= {"buffer_size": 700, "device": "cpu"}
-CUT = """
-import os, runpy, signal, sys
-saves, fsync = 0, os.fsync
-def cut(file):
-    global saves
-    path = os.readlink(f"/proc/self/fd/{file}")
-    saves += "checkpoint" in path
-    if saves == 2:  # the disk has half of it when the power goes
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(file)
-os.fsync, sys.argv = cut, sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
-def settings(script: str, root, **changes) -> list[str]:
-    """Flags of a run of a few seconds with many checkpoints."""
-    own = {name: value for name, value in CHANGES.items() if script != "sac" or "model" not in name}
-    return flags(small(script, **(own | {"run_root": str(root)} | changes)))
+class Cut(BaseException):
+    """The power goes: nothing is closed or cleaned up."""
+
+
+def settings(script, root, **changes) -> dict:
+    """Settings of a run of a few seconds with many checkpoints."""
+    own = {name: value for name, value in CHANGES.items() if script is not sac or name[0] != "m"}
+    return small(script.__name__, **(own | {"run_root": str(root)} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +50,35 @@ def undisturbed(tmp_path_factory):
     """The folder of a script's run that nothing has stopped."""
     made = {}
 
-    def of(script: str):
+    def of(script):
         if script not in made:
             root = tmp_path_factory.mktemp("undisturbed")
-            child = start(script, *settings(script, root))
-            _, error = child.communicate(timeout=300)
-            assert child.returncode == 0, error
-            made[script] = folder_of(root, script)
+            script.train(script.Args(**settings(script, root)))
+            made[script] = folder_of(root, script.__name__)
         return made[script]
 
     return of
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Trains until the power goes in a step."""
+
+    def at(script, step: int, **settings) -> None:
+        check = script.check_finite
+
+        def check_finite(now, **quantities):
+            check(now, **quantities)
+            if now == step:
+                raise Cut
+
+        with monkeypatch.context() as changed:
+            changed.setattr(script, "check_finite", check_finite)
+            with pytest.raises(Cut):
+                script.train(script.Args(**settings))
+        time.sleep(1)  # the files of TensorBoard's curves are in the order of their seconds
+
+    return at
 
 
 def curves(folder) -> dict:
@@ -92,109 +100,130 @@ def assert_equal_runs(one, other) -> None:
     assert curves(one) == curves(other)
 
 
-def kill_after(child, folder, beyond: int, delay: float) -> int:
-    """Kills the child once it is past a checkpoint after step `beyond`; returns the saved step."""
-    saved = -1
-    while child.poll() is None:
-        if (folder / "checkpoint.pt").exists():
-            saved = read_checkpoint(folder)["progress"][0]
-            if saved > beyond and int(read_evaluations(folder)[-1][0]) > saved:
-                break
-        time.sleep(0.01)
-    time.sleep(delay)
-    child.kill()
-    assert child.wait() in (-signal.SIGKILL, 0), child.stderr.read()  # 0: it was faster
-    return saved
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_killed_run_goes_on_to_the_same_end(script, undisturbed, tmp_path, run):
-    """Killed at any moment, the ring gone round, a resumed run ends bit-equal."""
-    words, folder = settings(script, tmp_path), folder_of(tmp_path, script)
-    draw, saved = random.Random(1), 840
-    for _ in range(3):
-        child = start(script, *words, "--resume")
-        saved = kill_after(child, folder, saved, draw.uniform(0, 0.1))
-    assert run(script, *words, "--resume").returncode == 0
+@pytest.mark.parametrize("script", [sac, mbpo_ftfl], ids=["sac", "mbpo_ftfl"])
+def test_a_run_that_is_cut_off_goes_on_to_the_same_end(script, cut, undisturbed, tmp_path):
+    """Cut off while it explores and while it learns, a resumed run ends bit-equal."""
+    words, folder = settings(script, tmp_path, resume=True), folder_of(tmp_path, script.__name__)
+    saved = 0
+    for step in (757, 1001):
+        cut(script, step, **words)
+        assert saved < (saved := read_checkpoint(folder)["progress"][0]) < step
+    script.train(script.Args(**words))
     assert_equal_runs(folder, undisturbed(script))
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(undisturbed, tmp_path, run):
-    """With nothing saved yet, --resume says so, and begins from the start."""
-    words, folder = settings("sac", tmp_path), folder_of(tmp_path, "sac")
-    child = start("sac", *words, "--checkpoint-frequency", "600")
-    while child.poll() is None and not (folder / "eval.csv").exists():
-        time.sleep(0.005)
+def test_a_killed_process_goes_on_to_the_same_end(undisturbed, tmp_path, main):
+    """So does one that SIGKILL ends at any moment after a checkpoint."""
+    words, folder = flags(settings(mbpo_ftfl, tmp_path)), folder_of(tmp_path, "mbpo_ftfl")
+    child = start("mbpo_ftfl", *words)
+    while child.poll() is None and not (folder / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    time.sleep(random.Random(time.time()).uniform(0, 0.5))
     child.kill()
-    assert child.wait() == -signal.SIGKILL
+    assert child.wait() in (-signal.SIGKILL, 0), child.stderr.read()  # 0: it was faster
+    saved = read_checkpoint(folder)["progress"][0]
+    code, out, err = main(mbpo_ftfl, [*words, "--resume"])
+    assert (code, err) == (0, "")
+    assert str(saved) in out.splitlines()[0]
+    assert_equal_runs(folder, undisturbed(mbpo_ftfl))
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_starts_anew(undisturbed, cut, tmp_path, main):
+    """With nothing saved yet, --resume says so, and begins from the start."""
+    words, folder = settings(sac, tmp_path), folder_of(tmp_path, "sac")
+    cut(sac, 100, **(words | {"checkpoint_frequency": 600}))
+    assert (folder / "eval.csv").exists()
     assert not (folder / "checkpoint.pt").exists()
-    child = run("sac", *words, "--resume")
-    assert child.returncode == 0, child.stderr
-    assert "no checkpoint" in child.stdout.splitlines()[0]
-    assert_equal_runs(folder, undisturbed("sac"))
+    code, out, err = main(sac, [*flags(words), "--resume"])
+    assert code == 0, err
+    assert "no checkpoint" in out.splitlines()[0]
+    assert_equal_runs(folder, undisturbed(sac))
 
 
-def test_a_kill_while_saving_leaves_the_checkpoint_before(undisturbed, tmp_path, run):
+def test_a_run_cut_off_while_saving_has_the_checkpoint_before(
+    undisturbed, tmp_path, main, monkeypatch
+):
     """A checkpoint is replaced whole or not at all."""
-    words, folder = settings("sac", tmp_path), folder_of(tmp_path, "sac")
-    command = [sys.executable, "-c", CUT, str(ROOT / "sac.py"), *words]
-    child = subprocess.run(command, capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    words, folder = settings(sac, tmp_path), folder_of(tmp_path, "sac")
+    saves, fsync = [], os.fsync
+
+    def half(file: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{file}")
+        saves.extend([path] * ("checkpoint" in path))
+        if len(saves) == 2:  # the disk has half of it when the power goes
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise Cut
+        fsync(file)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "fsync", half)
+        with pytest.raises(Cut):
+            sac.train(sac.Args(**words))
+    time.sleep(1)
     assert (folder / "checkpoint.pt.tmp").exists()
     assert 40 <= read_checkpoint(folder)["progress"][0] < 120
-    child = run("sac", *words, "--resume")
-    assert child.returncode == 0, child.stderr
-    assert "goes on after step" in child.stdout.splitlines()[0]
+    code, out, err = main(sac, [*flags(words), "--resume"])
+    assert code == 0, err
+    assert "goes on after step" in out.splitlines()[0]
     assert not (folder / "checkpoint.pt.tmp").exists()
-    assert_equal_runs(folder, undisturbed("sac"))
+    assert_equal_runs(folder, undisturbed(sac))
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(undisturbed, tmp_path, run):
-    """In the middle of a run a checkpoint that doesn't fit is a line, at its end an error."""
-    expected = undisturbed("sac")
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(undisturbed, tmp_path, main):
+    """A checkpoint that doesn't fit is an error; with more room, the run goes on from the last."""
+    expected = undisturbed(sac)
     row = read_checkpoint(expected)["rows"][0].nbytes
     most = (expected / "checkpoint.pt").stat().st_size - 50 * row
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
-    words, folder = settings("sac", tmp_path), folder_of(tmp_path, "sac")
-    child = run("sac", *words, preexec_fn=limit)
-    assert child.returncode == 1
-    *lines, error = child.stderr.splitlines()
-    assert len(lines) >= 2
-    assert all(f"{folder}/checkpoint.pt stays as it was: " in line for line in lines)
-    assert error.startswith(f"error: {folder}")
+    words, folder = flags(settings(sac, tmp_path)), folder_of(tmp_path, "sac")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        code, _, err = main(sac, words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert f"{folder}/checkpoint.pt" in one_error(err)
     assert 500 <= read_checkpoint(folder)["progress"][0] < 700
-    assert read_evaluations(folder) == read_evaluations(expected)
     assert not list(folder.glob("*.tmp"))
-    assert run("sac", *words, "--resume").returncode == 0
+    assert main(sac, [*words, "--resume"])[0] == 0
     assert_equal_runs(folder, expected)
 
 
-def test_a_folder_in_the_checkpoints_place(main, tmp_path):
-    """What can't be replaced is told at every checkpoint, and at the end with exit code 1."""
+@pytest.mark.parametrize("name", ["checkpoint.pt", "eval.csv"])
+def test_a_folder_in_a_files_place(name, main, tmp_path):
+    """A file that can't be replaced ends the run with a line that names it."""
     folder = folder_of(tmp_path, "sac")
-    (folder / "checkpoint.pt").mkdir(parents=True)
+    (folder / name).mkdir(parents=True)
     code, out, err = main(sac, [*flags(small("sac", checkpoint_frequency=30)), "--resume"])
-    *lines, error = err.splitlines()
     assert code == 1
-    assert len(lines) >= 2
-    assert all(f"{folder}/checkpoint.pt" in line for line in lines)
-    assert error.startswith(f"error: {folder}")
-    assert "step      80" in out
+    assert f"{folder}/{name}" in one_error(err)
+    assert "80 steps are done" not in out
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as a terminal has it; pytest's workers may ignore it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on(number, tmp_path):
+def test_an_interrupted_run_says_how_to_go_on(number, main, monkeypatch, tmp_path):
     """Ctrl-C and a job system's SIGTERM end a run with one line that names the saved step."""
-    changes = {"run_root": str(tmp_path), "total_timesteps": 10**6, "checkpoint_frequency": 10}
-    child, folder = start("sac", *flags(small("sac", **changes))), folder_of(tmp_path, "sac")
-    while child.poll() is None and not (folder / "checkpoint.pt").exists():
-        time.sleep(0.01)
-    time.sleep(0.5)
-    child.send_signal(number)
-    _, error = child.communicate(timeout=60)
-    step = read_checkpoint(folder)["progress"][0]
-    assert child.returncode == 1
-    assert re.fullmatch(f"error: interrupted;.*step {step}\\b.*--resume.*\n", error), error
+    check = sac.check_finite
+
+    def check_finite(step, **quantities):
+        check(step, **quantities)
+        if step == 55:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(sac, "check_finite", check_finite)
+    error, _, _ = main(sac, flags(small("sac", checkpoint_frequency=10)))
+    step = read_checkpoint(folder_of(tmp_path, "sac"))["progress"][0]
+    assert 40 <= step < 55
+    assert re.fullmatch(f"error: interrupted;.*step {step}\\b.*--resume.*", error), error
 
 
 @pytest.fixture(scope="module")

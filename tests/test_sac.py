@@ -7,11 +7,8 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 import pytest
-import stable_baselines3
 import torch
 from helpers_model import CPU, A, S, assert_close, flat, random_batch
-from stable_baselines3.common.logger import configure
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
@@ -203,6 +200,9 @@ class LogStd(nn.Linear):
 
 def stable_baselines(agent: dict, args, monkeypatch):
     """SB3's SAC with our weights, without its 1e-6 against log(0) and its cast to float32."""
+    import stable_baselines3  # here, for only one of pytest's workers to wait for it
+    from stable_baselines3.common.logger import configure
+
     rates = {"learning_rate": args.q_lr, "gamma": args.gamma, "tau": args.tau}
     temperature = {"target_entropy": args.target_entropy, "ent_coef": "auto_0.3"}
     sb3 = stable_baselines3.SAC("MlpPolicy", Spaces(), device="cpu", **rates, **temperature)
@@ -241,6 +241,8 @@ class SameBatch:
     """A replay buffer that has one batch."""
 
     def __init__(self, batch):
+        from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
         column = [x[:, None] for x in (batch.terminated, batch.reward)]
         self.samples = ReplayBufferSamples(batch.obs, batch.action, batch.next_obs, *column)
 
