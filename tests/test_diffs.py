@@ -248,7 +248,7 @@ def test_layernorm_bounds_q(script, patched):
 
 @pytest.mark.parametrize("env_id", ["dmc/walker-run", "Hopper-v5"])
 def test_the_perfect_model_repeats_what_was_recorded(env_id, patched, tmp_path):
-    """From a recorded state and action the simulator reaches the recorded s' and r, in any order."""
+    """From a recorded state and action the simulator reaches the recorded s' and r."""
     module = patched("perfect_model", "mbpo_ftfl")
     settings = {"env_id": env_id, "learning_starts": 60, "total_timesteps": 60, "device": "cpu"}
     settings |= {"eval_frequency": 0, "checkpoint_frequency": 60, "run_root": str(tmp_path)}

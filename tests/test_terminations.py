@@ -18,7 +18,6 @@ ALL_HEALTHY = {  # a next state of each task that is well inside its bounds
     "Ant": [0.5, *[0.0] * 26],
     "Humanoid": [1.4, *[0.0] * 44],
     "InvertedPendulum": [0.0] * 4,
-    "InvertedDoublePendulum": [0.0, 0.0, 0.0, 1.0, 1.0, *[0.0] * 4],
 }
 BOUNDS = [  # task, index, a value just inside, a value just outside
     ("Hopper", 0, 0.701, 0.699),
@@ -37,8 +36,6 @@ BOUNDS = [  # task, index, a value just inside, a value just outside
     ("InvertedPendulum", 1, 0.199, 0.201),
     ("InvertedPendulum", 1, -0.199, -0.201),
     ("InvertedPendulum", 3, 1e6, np.inf),
-    ("InvertedDoublePendulum", 3, 0.84, 0.83),  # 0.6 (0.8333 + 0.8333 * 1) is 1
-    ("InvertedDoublePendulum", 4, 0.67, 0.66),  # 0.6 (1 + 0.6667 * 1) is 1
 ]
 
 
@@ -124,45 +121,23 @@ def test_a_state_that_is_not_a_number_has_ended(task, index):
     [("Ant-v5", "Humanoid-v5"), ("Humanoid-v5", "Ant-v5"), ("Hopper-v5", "Walker2d-v5")],
 )
 def test_condition_of_another_task_is_noticed(env_id, taken_for):
-    """A wrong condition is an InputError that names the task."""
+    """A wrong condition is an InputError that names the table of conditions."""
     transitions = random_steps(env_id, 2000)
-    with pytest.raises(mbpo.InputError, match=env_id):
+    with pytest.raises(mbpo.InputError, match="HEALTHY"):
         compare(mbpo.Args(env_id=env_id), transitions, taken_for)
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5"])
 def test_never_terminates_is_noticed_where_it_is_wrong(env_id):
-    """--never-terminates on a task that ends is an InputError that names task and option."""
+    """--never-terminates on a task that ends is an InputError."""
     args = mbpo.Args(env_id=env_id, never_terminates=True)
-    with pytest.raises(mbpo.InputError, match=f"{env_id}.*--never-terminates"):
+    with pytest.raises(mbpo.InputError, match="terminated is True"):
         compare(args, random_steps(env_id, 2000))
-
-
-def test_double_pendulum_may_miss_its_bound_by_a_hundredth_of_a_step():
-    """That task alone may end a little to either side of the condition, but not far off."""
-    healthy, s = ALL_HEALTHY["InvertedDoublePendulum"], 0.83333
-    n = np.array([*healthy[:3], s, *healthy[4:]])  # ends by 4e-6
-    for env_id, shift, raises in [
-        ("InvertedDoublePendulum-v5", 1e-2, False),
-        ("InvertedDoublePendulum-v5", 1e-5, True),
-        ("InvertedPendulum-v5", 1e-2, True),
-    ]:
-        args = mbpo.Args(env_id=env_id)
-        terminates = mbpo.termination_function(mbpo.Args(env_id="InvertedDoublePendulum-v5"))
-        for direction in (1, -1):
-            obs = n + direction * shift * np.eye(9)[3]
-            check = (terminates, args, 1, obs, np.zeros(1), n, False)
-            if raises:
-                with pytest.raises(mbpo.InputError):
-                    mbpo.check_termination(*check)
-            else:
-                mbpo.check_termination(*check)
-            mbpo.check_termination(*check[:-1], True)
 
 
 def test_where_no_condition_is_known():
     """Unknown tasks are refused unless said never to end; dm_control's tasks never do."""
-    with pytest.raises(mbpo.InputError, match=r"Pendulum-v1.*--never-terminates"):
+    with pytest.raises(mbpo.InputError, match=r"Pendulum is not.*--never-terminates"):
         mbpo.termination_function(mbpo.Args(env_id="Pendulum-v1"))
     states = torch.full((2, 4, 3), torch.nan)
     for args in [
@@ -193,8 +168,5 @@ def test_conditions_take_any_batch_shape(task):
     states = healthy.expand(2, 3, -1).clone()
     states[1, 2] = 50.0
     ended = terminates(states, torch.zeros(2, 3, 1), states)
-    if task == "InvertedDoublePendulum":  # 50 + 50 * 50 - 50 * 50 is above the bound
-        states[1, 2] = -1.0
-        ended = terminates(states, torch.zeros(2, 3, 1), states)
     assert ended.tolist() == [[False] * 3, [False, False, True]]
     assert bool(terminates(healthy, torch.zeros(1), healthy)) is False
