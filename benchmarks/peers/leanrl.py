@@ -4,32 +4,22 @@ It updates the actor twice after every other update of the critics, so as often 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
-import numpy as np
 import torch
-from serve import BATCH, FILLED, UPDATES, serve, setting
+from peers.serve import BATCH, FILLED, UPDATES, Sized, serve, setting
 from tensordict import TensorDict
 
 SETTING = setting()
 OBS, ACTION, DEVICE = SETTING["obs"], SETTING["action"], SETTING["device"]
 
 
-class Sized(gym.Env):
-    """An environment of the sizes asked for, which is only reset."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (ACTION,), np.float32)
-
-    def reset(self, **_):
-        return np.zeros(OBS, np.float32), {}
-
-
 def sac():
     """20 updates; on a GPU compiled and captured, the fastest that LeanRL offers."""
-    gym.register("Sized-v0", Sized)
+    gym.register("Sized-v0", partial(Sized, OBS, ACTION))
     sys.modules["wandb"] = SimpleNamespace(init=lambda **_: None)
     words = ["--env-id", "Sized-v0", "--total-timesteps", "0", "--compile"]
     words += ["--cudagraphs"] if DEVICE == "cuda" else ["--no-cuda"]
@@ -55,4 +45,4 @@ def sac():
     return once
 
 
-serve({"sac": sac}, "tensordict", torch.cuda.synchronize if DEVICE == "cuda" else lambda: None)
+serve({"sac": sac}, "tensordict")
