@@ -8,7 +8,7 @@
 Measured are SAC updates, updates of the ensemble, rollouts of the model and steps of whole runs, at
 the sizes of walker-run and humanoid-walk; beside them, in turn, round after round, so that whatever
 else the machine does hits all alike: the SAC of stable-baselines3 and of sbx (JAX), mbrl-lib's SAC,
-ensemble and rollouts, on a GPU LeanRL's SAC, and the matrix products of an update alone, which no
+ensemble and rollouts, and the matrix products of an update alone, which no
 implementation in this precision can outrun. All draw their batches from a buffer, which is counted.
 
 Every contender is a process of its own with the same threads (benchmarks/peers/), idle but in its
@@ -26,7 +26,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -49,23 +48,21 @@ KINDS = {
     "env": "environment steps alone",
     "steps": "steps of a run",
 }
+MEASURED, PEERS = ("sac", "model", "rollout", "steps"), ("stable-baselines3", "sbx", "mbrl-lib")
 ENVS = ["dmc/walker-run", "dmc/humanoid-walk"]
 SCRIPTS = ["sac", "mbpo", "mbpo_ftfl", "mbpo_residual_ablation"]
 PRODUCTS, PARTS = "its matrix products alone", "mbrl-lib's parts"
-LEANRL = "meta-pytorch/LeanRL/760837e0844e32bb5e1b06afb612ac694f7240ca/leanrl/"
-LEANRL += "sac_continuous_action_torchcompile.py"
 LABELS = ["kind", "task", "who"]
 COLUMNS = ["round", *LABELS, "version", "count", "seconds", "rate", "gflop", "error"]
-COLUMNS += ["sac_updates", "sac_seconds", "model_updates", "model_seconds", "fit_seconds"]
+COLUMNS += ["sac_updates", "model_updates"]
 NOTES = f"""\
 SAC: batches of 256, two hidden layers of 256. Models: 7 members, four hidden layers of 200, batches
 of 256. Rollouts: 400 branches of one step. Steps of a run: walker-run with the script's defaults,
 but for evaluations and checkpoints, which are off, and fits, which are ten times as frequent and as
 short, {FIT_UPDATES} updates every {FIT_EVERY} steps; mbrl-lib's parts are one environment step, as
 many SAC and model updates as ours made per step, and 400 rollouts. Median and range are those of
-the rounds; "ours over it" is taken round by round. A fit is its updates, their batches, and the
-errors on its holdout, here of 2,000 transitions beside 8,000 to learn from. Start: seconds of the
-first two calls, most of them compilation; of a run, until the first fit is done.
+the rounds; ratios and shares are taken round by round. Start: seconds of the first two calls, most
+of them compilation; of a run, until the first fit is done.
 """
 
 
@@ -74,12 +71,8 @@ class Options:
     rounds: int = 7  # rounds, in each of which all have a turn
     seconds: float = 3.0  # seconds of a turn at least
     threads: int = 2  # CPU cores and threads of each contender
-    only: tuple[Literal["sac", "model", "rollout", "steps"], ...] = (
-        *("sac", "model", "rollout", "steps"),
-    )  # what is measured
-    peers: tuple[Literal["stable-baselines3", "sbx", "mbrl-lib", "LeanRL"], ...] = (
-        *("stable-baselines3", "sbx", "mbrl-lib", "LeanRL"),
-    )  # beside whom; LeanRL on a GPU only
+    only: tuple[Literal[MEASURED], ...] = MEASURED  # what is measured
+    peers: tuple[Literal[PEERS], ...] = PEERS  # beside whom
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """cpu or cuda"""
     out: Path = RESULTS / "throughput"  # folder of the results
@@ -102,16 +95,14 @@ class Peer(NamedTuple):
 
 
 def all_peers(device: str) -> dict[str, Peer]:
-    """The peers by name; LeanRL is one on a GPU."""
+    """The peers by name."""
     stable, jax = "stable-baselines3==2.9.2", "jax[cuda13]" if device == "cuda" else "jax"
     mbrl = "hydra-core==1.3.2 gymnasium==1.4.0 matplotlib termcolor tqdm imageio"
-    lean = "tensordict==0.12.0 torchrl==0.12.0 gymnasium==1.4.0 tyro tqdm"
-    peers = {
+    return {
         "stable-baselines3": Peer("stable", ["sac"], stable, "", {"package": "stable_baselines3"}),
         "sbx": Peer("stable", ["sac"], f"{stable} sbx-rl==0.28.0 {jax}", "", {"package": "sbx"}),
         "mbrl-lib": Peer("mbrl_lib", ["sac", "model", "rollout"], mbrl, "mbrl==0.2.0"),
     }
-    return peers | ({"LeanRL": Peer("leanrl", ["sac"], lean)} if device == "cuda" else {})
 
 
 def install(name: str, peer: Peer, cache: Path) -> str:
@@ -131,18 +122,6 @@ def install(name: str, peer: Peer, cache: Path) -> str:
             raise Failure(f"not installed: {[*said, 'pip gave no reason'][0]}")
     done.write_text(wanted + peer.bare)
     return python
-
-
-def leanrl_source(cache: Path) -> str:
-    """LeanRL's script, which is on no package index; Failure if it can't be fetched."""
-    path = cache / Path(LEANRL).name
-    if not path.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(f"https://raw.githubusercontent.com/{LEANRL}", path)
-        except OSError as error:
-            raise Failure(f"not installed: {LEANRL}: {error}") from None
-    return str(path)
 
 
 class Worker:
@@ -182,8 +161,7 @@ def plan(options: Options, folder: Path, workers: dict) -> list[tuple[Worker, st
     for name, peer in peers.items():
         try:
             python = sys.executable if options.here else install(name, peer, options.cache)
-            source = {"source": leanrl_source(options.cache)} if name == "LeanRL" else {}
-            starts[name] = python, peer.worker, peer.setting | source
+            starts[name] = python, peer.worker, peer.setting
         except Failure as failure:
             starts[name] = str(failure)
     sizes, turns = {}, []
@@ -289,12 +267,13 @@ def tables(frame: pd.DataFrame) -> str:
             one, speed = part.gflop.iloc[0], spread(measured * part.gflop.iloc[0])["median"]
             name = f"{KINDS[kind]}, {one:.2f} GFLOP each, of {speed} GFLOP/s that products reach"
             shares.append({"share": name, "task": task} | spread(100 * ratio, " %"))
-        part = part[(part["round"] > 0) & part.sac_seconds.notna()]
-        spans = {"SAC and model updates": "model", "SAC updates and fits": "fit"}
-        for what, spent in spans.items() if len(part) else ():
-            rest = 1 - part.sac_seconds.add(part[f"{spent}_seconds"]) / part.seconds
-            name = f"time of a step besides {what}"
-            shares.append({"share": name, "task": task} | spread(100 * rest, " %"))
+    for script, part in frame[(frame.kind == "steps") & (frame.who == "ours")].groupby("task"):
+        part, spent = part[part["round"] > 0].set_index("round"), 0
+        for kind in ("sac", "model"):
+            spent += part[f"{kind}_updates"] / rates(frame, kind, ENVS[0], "ours")
+        rest = (1 - spent / part.seconds).dropna()
+        name = "time of a step besides SAC and model updates"
+        shares.append({"share": name, "task": script} | spread(100 * rest, " %"))
     return "\n\n".join(markdown(pd.DataFrame(rows)) for rows in (lines, shares) if rows)
 
 

@@ -3,9 +3,7 @@
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from functools import partial
-from unittest import mock
 
 import torch
 from common import load_script
@@ -13,7 +11,7 @@ from peers.serve import channel, serve, setting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from updates import FIT_EVERY, Updates, as_shipped, short_run, watched_steps
+from updates import FIT_EVERY, FIT_UPDATES, Updates, as_shipped, short_run, watched_steps
 
 
 class Products(TorchDispatchMode):
@@ -86,56 +84,14 @@ def environment(env_id: str):
     return once
 
 
-class Spans:
-    """When the calls of some functions began and ended, on the device, which is not waited for."""
-
-    def __init__(self, device: str):
-        self.cuda, self.calls = device == "cuda", defaultdict(list)
-
-    def stamp(self):
-        """Now."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def of(self, name: str, function):
-        """The function, watched under a name."""
-
-        def call(*args):
-            before = self.stamp()
-            result = function(*args)
-            self.calls[name].append((before, self.stamp()))
-            return result
-
-        return call
-
-    def seconds(self, name: str) -> float:
-        """Seconds spent in a function."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            return sum(begin.elapsed_time(end) for begin, end in self.calls[name]) / 1000
-        return sum(end - begin for begin, end in self.calls[name])
-
-
 def serve_steps(name: str, env_id: str, device: str) -> None:
     """Serves environment steps of a whole run, which is held before a step in between.
 
-    A turn has whole periods of fits. Answers tell the numbers of updates and their seconds, too.
+    A turn has whole periods of fits; the first, without a count, ends with the first fit.
     """
-    script, spans, step, start = load_script(f"{name}.py"), Spans(device), 0, 0
-    (requests, answer), setup_torch = channel(), script.setup_torch
+    script, step, start = load_script(f"{name}.py"), 0, 0
+    requests, answer = channel()
     request, began = next(requests), time.perf_counter()
-
-    def setup_watched(args, device):
-        jit = setup_torch(args, device)
-
-        def watched(function, **options):
-            inner = function.args[0] if function.args else function.func
-            return spans.of(inner.__name__, jit(function, **options))
-
-        return watched
 
     def on_step() -> None:
         nonlocal request, step, start, began
@@ -145,25 +101,16 @@ def serve_steps(name: str, env_id: str, device: str) -> None:
             return
         if start and time.perf_counter() - began < request["seconds"]:
             return
-        facts = {"count": step - start if start else 0, "version": torch.__version__}
-        facts["fit_seconds"] = spans.seconds("fit")
-        for kind in ("sac", "model"):
-            update = f"{kind}_update"
-            facts |= {f"{update}s": len(spans.calls[update])}
-            facts |= {f"{kind}_seconds": spans.seconds(update)}
-        answer(seconds=time.perf_counter() - began, **facts)
+        count, updates = step - start if start else 0, FIT_UPDATES // FIT_EVERY
+        facts = {"count": count, "sac_updates": count * args.updates_per_step}
+        facts["model_updates"] = count * updates if hasattr(script, "model_update") else 0
+        answer(seconds=time.perf_counter() - began, version=torch.__version__, **facts)
         request = next(requests, None) or sys.exit()
-        spans.calls.clear()
         start, began = step, time.perf_counter()
 
-    hooks = {"setup_torch": setup_watched}
-    if hasattr(script, "fit_ensemble"):
-        hooks["fit_ensemble"] = spans.of("fit", script.fit_ensemble)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(script, **hooks):
-        args = script.Args(env_id=env_id, device=device, run_root=folder)
-        args = short_run(args)
-        with watched_steps(script, on_step):
-            script.train(args)
+    with tempfile.TemporaryDirectory() as folder, watched_steps(script, on_step):
+        args = short_run(script.Args(env_id=env_id, device=device, run_root=folder))
+        script.train(args)
 
 
 def main() -> None:
