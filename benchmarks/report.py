@@ -310,10 +310,10 @@ def cost_text() -> str:
     if not path.exists():
         return "Not measured yet."
     rows = pd.read_csv(path).query("kind == 'steps' and who == 'ours' and rate > 0")
-    lines = ["| script | steps per second | hours for 500,000 steps |", "|---|---:|---:|"]
-    for script, rate in rows.groupby("task", sort=False).rate.median().items():
-        lines.append(f"| `{script}` | {rate:.3g} | {500_000 / rate / 3600:.0f} |")
-    return "\n".join(lines)
+    rates = rows.groupby("task", sort=False).rate.median()
+    names, hours = "`" + rates.index + "`", 500_000 / rates.array / 3600
+    columns = {"script": names, "steps per second": rates.array, "hours for 500,000 steps": hours}
+    return markdown(pd.DataFrame(columns))
 
 
 def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
@@ -326,8 +326,8 @@ def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
 
 Mean return at an environment step, and mean critic bias (see "What TensorBoard shows"), with
 [95 % bootstrap interval over seeds; - for one seed]. Steps to a return: the first evaluation that
-reaches it, median over seeds. Published: mean ± standard deviation over seeds. In the figure, thin
-lines are seeds, thick ones their mean, bands its interval, and points are published.
+reaches it, median over seeds. Published: mean ± standard deviation over seeds. In the figure, lines
+are means over seeds, bands their intervals, and points are published.
 
 {tables(data)}"""
     if "training" in figures_of(data):

@@ -3,7 +3,7 @@
     python benchmarks/throughput.py                           everything there is
     python benchmarks/throughput.py --only sac --peers sbx    SAC updates, beside sbx alone
     python benchmarks/throughput.py --only model rollout --rounds 3 --seconds 1
-    python benchmarks/throughput.py --device cuda --here      on a GPU, peers from this very Python
+    python benchmarks/throughput.py --pythons sbx ~/sbx/bin/python mbrl-lib ~/mbrl/bin/python
 
 Measured are SAC updates, updates of the ensemble, rollouts of the model and steps of whole runs, at
 the sizes of walker-run and humanoid-walk; beside them, in turn, round after round, so that whatever
@@ -12,9 +12,11 @@ ensemble and rollouts, and the matrix products of an update alone, which no
 implementation in this precision can outrun. All draw their batches from a buffer, which is counted.
 
 Every contender is a process of its own with the same threads (benchmarks/peers/), idle but in its
-turn; a peer lives in a virtual environment of its own, made on first use, which takes minutes and a
-GB or two. One that can't be installed, or fails, is a line in the table. Where pip would fetch a
-CUDA build of torch for a CPU, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+turn. A peer runs in this Python, or in the one of an environment of its own; one that is not
+installed there, or fails, is a line in the table. To install them:
+
+    pip install stable-baselines3==2.9.2 sbx-rl==0.28.0 jax
+    pip install hydra-core==1.3.2 gymnasium matplotlib termcolor tqdm && pip install --no-deps mbrl
 
 Written after every round: OUT/cpu.csv or cuda.csv, a line per measurement; .md and .png from it.
 """
@@ -28,7 +30,6 @@ import sys
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -76,59 +77,29 @@ class Options:
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """cpu or cuda"""
     out: Path = RESULTS / "throughput"  # folder of the results
-    cache: Path = Path.home() / ".cache" / "mbrl-peers"  # folder of the peers' environments
-    here: bool = False  # peers in this Python: for machines without a network
-
-
-class Failure(Exception):
-    """A contender can't be installed; the reason in one line."""
+    pythons: dict[str, str] = field(default_factory=dict)  # of peers with environments of their own
 
 
 class Peer(NamedTuple):
-    """Another implementation: its worker, what is measured of it, what to install beside torch."""
+    """Another implementation: its worker, what is measured of it, what its worker has to know."""
 
     worker: str
-    kinds: list[str]
-    packages: str
-    bare: str = ""  # a package whose own requirements are too old to be installed
+    kinds: tuple[str, ...]
     setting: dict = {}  # noqa: RUF012
 
 
-def all_peers(device: str) -> dict[str, Peer]:
-    """The peers by name."""
-    stable, jax = "stable-baselines3==2.9.2", "jax[cuda13]" if device == "cuda" else "jax"
-    mbrl = "hydra-core==1.3.2 gymnasium==1.4.0 matplotlib termcolor tqdm imageio"
-    return {
-        "stable-baselines3": Peer("stable", ["sac"], stable, "", {"package": "stable_baselines3"}),
-        "sbx": Peer("stable", ["sac"], f"{stable} sbx-rl==0.28.0 {jax}", "", {"package": "sbx"}),
-        "mbrl-lib": Peer("mbrl_lib", ["sac", "model", "rollout"], mbrl, "mbrl==0.2.0"),
-    }
-
-
-def install(name: str, peer: Peer, cache: Path) -> str:
-    """The Python of the peer's own environment, made on first use; Failure if that fails."""
-    folder, pip = cache / name, ["-m", "pip", "install", "-q"]
-    python, done = str(folder / "bin" / "python"), folder / "installed.txt"
-    wanted = f"torch=={version('torch').split('+')[0]} {peer.packages}"
-    if done.exists() and done.read_text() == wanted + peer.bare:
-        return python
-    commands = [[sys.executable, "-m", "venv", "--clear", folder], [python, *pip, *wanted.split()]]
-    commands += [[python, *pip, "--no-deps", peer.bare]] if peer.bare else []
-    print(f"installing {name} into {folder}", file=sys.stderr)
-    for command in commands:
-        child = subprocess.run(command, capture_output=True, text=True)
-        if child.returncode:
-            said = [line for line in child.stderr.splitlines() if "error" in line.lower()]
-            raise Failure(f"not installed: {[*said, 'pip gave no reason'][0]}")
-    done.write_text(wanted + peer.bare)
-    return python
+ALL_PEERS = {
+    "stable-baselines3": Peer("stable", ("sac",), {"package": "stable_baselines3"}),
+    "sbx": Peer("stable", ("sac",), {"package": "sbx"}),
+    "mbrl-lib": Peer("mbrl_lib", ("sac", "model", "rollout")),
+}
 
 
 class Worker:
-    """A contender's process, started when it is first asked; or the reason why it can't be."""
+    """A contender's process, started when it is first asked."""
 
-    def __init__(self, command: list, log: Path, failure: str = ""):
-        self.command, self.log, self.failure, self.process = command, log, failure, None
+    def __init__(self, command: list, log: Path):
+        self.command, self.log, self.failure, self.process = command, log, "", None
 
     def ask(self, **request) -> dict:
         """The answer; {"error": ...} where something went wrong, and ever after if it is over."""
@@ -155,44 +126,35 @@ class Worker:
 
 def plan(options: Options, folder: Path, workers: dict) -> list[tuple[Worker, str, dict]]:
     """(worker, task, labels) in the order of their turns; the workers are put into `workers`."""
-    peers = {name: x for name, x in all_peers(options.device).items() if name in options.peers}
-    starts = {"ours": (sys.executable, "ours", {})}  # Python, worker, setting; or why there is none
-    starts |= {f"{name}.py": (sys.executable, "ours", {"script": name}) for name in SCRIPTS}
-    for name, peer in peers.items():
-        try:
-            python = sys.executable if options.here else install(name, peer, options.cache)
-            starts[name] = python, peer.worker, peer.setting
-        except Failure as failure:
-            starts[name] = str(failure)
+    contenders = {"ours": Peer("ours", ("sac", "model", "rollout"))}
+    contenders |= {name: ALL_PEERS[name] for name in options.peers}
     sizes, turns = {}, []
     for env_id in ENVS:
         env = load_script("mbpo_ftfl.py").make_env(env_id)
-        sizes[env_id] = env.observation_space.shape[0], env.action_space.shape[0]
+        sizes[env_id] = {"obs": env.observation_space.shape[0], "action": env.action_space.shape[0]}
 
-    def turn(kind: str, env_id: str, name: str, wanted: str, **labels) -> None:
+    def turn(kind: str, env_id: str, name: str, peer: Peer, wanted: str, **labels) -> None:
         if (name, env_id) not in workers:
-            log, begun = folder / f"{len(workers)}.log", starts[name]
-            if isinstance(begun, str):
-                workers[name, env_id] = Worker([], log, begun)
-            else:
-                python, module, more = begun
-                dims = {"obs": sizes[env_id][0], "action": sizes[env_id][1]}
-                setting = json.dumps({"env_id": env_id, "device": options.device} | dims | more)
-                workers[name, env_id] = Worker([python, "-m", f"peers.{module}", setting], log)
+            python, log = options.pythons.get(name, sys.executable), folder / f"{len(workers)}.log"
+            setting = {"env_id": env_id, "device": options.device} | sizes[env_id] | peer.setting
+            command = [python, "-m", f"peers.{peer.worker}", json.dumps(setting)]
+            workers[name, env_id] = Worker(command, log)
         labels = {"kind": kind, "task": env_id, "who": name} | labels
         turns.append((workers[name, env_id], wanted, labels))
 
     for kind in ("sac", "model", "rollout"):
         for env_id in ENVS if kind in options.only else []:
-            for name in ["ours", *(name for name in peers if kind in peers[name].kinds)]:
-                turn(kind, env_id, name, kind)
+            for name, peer in contenders.items():
+                if kind in peer.kinds:
+                    turn(kind, env_id, name, peer, kind)
             if kind != "rollout":
-                gflop = products(kind, *sizes[env_id])[1] / 1e9
-                turn(kind, env_id, "ours", f"{kind} products", who=PRODUCTS, gflop=gflop)
+                more = {"who": PRODUCTS, "gflop": products(kind, *sizes[env_id].values())[1] / 1e9}
+                turn(kind, env_id, "ours", contenders["ours"], f"{kind} products", **more)
     if "steps" in options.only:
-        turn("env", ENVS[0], "ours", "env")
+        turn("env", ENVS[0], "ours", contenders["ours"], "env")
         for name in SCRIPTS:
-            turn("steps", ENVS[0], f"{name}.py", "steps", task=f"{name}.py", who="ours")
+            peer, more = Peer("ours", (), {"script": name}), {"task": f"{name}.py", "who": "ours"}
+            turn("steps", ENVS[0], f"{name}.py", peer, "steps", **more)
     return turns
 
 
@@ -271,9 +233,9 @@ def tables(frame: pd.DataFrame) -> str:
         part, spent = part[part["round"] > 0].set_index("round"), 0
         for kind in ("sac", "model"):
             spent += part[f"{kind}_updates"] / rates(frame, kind, ENVS[0], "ours")
-        rest = (1 - spent / part.seconds).dropna()
-        name = "time of a step besides SAC and model updates"
-        shares.append({"share": name, "task": script} | spread(100 * rest, " %"))
+        if len(rest := (1 - spent / part.seconds).dropna()):
+            name = "time of a step besides SAC and model updates"
+            shares.append({"share": name, "task": script} | spread(100 * rest, " %"))
     return "\n\n".join(markdown(pd.DataFrame(rows)) for rows in (lines, shares) if rows)
 
 

@@ -30,10 +30,9 @@ class Products(TorchDispatchMode):
 
 def products(kind: str, obs_dim: int, action_dim: int) -> tuple[list, int]:
     """Shapes of the products in one update, and its floating-point operations."""
-    script = load_script("mbpo_ftfl.py")
-    work = Updates(
-        script, script.Args(), (obs_dim, action_dim), "cpu", partial(partial, script.in_place)
-    )
+    script, sizes = load_script("mbpo_ftfl.py"), (obs_dim, action_dim)
+    build = partial(partial, script.in_place)
+    work = Updates(script, script.Args(), sizes, "cpu", build, count=1)
     once = getattr(work, kind)()
     with FlopCounterMode(display=False) as counter, Products() as seen:
         once()
