@@ -42,7 +42,6 @@ from torch.utils._pytree import tree_map, tree_map_only
 from updates import FIT_EVERY, Updates, short_run, watched_steps
 
 RESULTS = ALL_RESULTS / "throughput"
-SECONDS = 2  # of a measurement
 # Fits go first: a run whose fit ends early waits for the others, and all stay in step.
 ORDER = ["model_update", "model_step", "sac_update"]
 
@@ -88,7 +87,10 @@ class ManySeeds:
         self.awaited = dict.fromkeys(self.slots)  # the call that each live run waits for
         self.updates = [0] * len(seeds)  # calls of sac_update
         self.functions, self.stacks, self.adopted, self.homes = {}, {}, {}, {}  # see `adopt`
-        self.jit, self.stop, self.failed = None, None, []
+        self.jit, self.device, self.stop, self.failed = None, None, None, []
+        self.live = cache(
+            lambda of: torch.tensor([slot in of for slot in self.slots], device=self.device)
+        )
 
     def check(self) -> None:
         """Raises InputError, with nothing written, if the settings or a run folder are refused."""
@@ -108,8 +110,7 @@ class ManySeeds:
 
         def setup_once(args, device: torch.device) -> Callable:
             if self.jit is None:
-                self.jit, on = setup_torch(args, device), {"device": device}
-                self.live = cache(lambda of: torch.tensor([x in of for x in self.slots], **on))
+                self.jit, self.device = setup_torch(args, device), device
             return lambda function, **_: function
 
         hooks = {
@@ -239,30 +240,28 @@ def measure(script, args, counts: tuple[int, ...]) -> None:
     script.check_args(args)
     env = script.make_env(args.env_id)
     sizes, rows = (env.observation_space.shape[0], env.action_space.shape[0]), []
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device
-    device = "cpu" if device == "auto" else device
     steps = FIT_EVERY * math.ceil(200 / (FIT_EVERY * args.updates_per_step))
     short = {"learning_starts": 300, "total_timesteps": 301 + steps, "buffer_size": 1000}
     for n in counts:
         times = []
         with tempfile.TemporaryDirectory() as folder:
-            brief = short_run(args, run_root=folder, **short)
+            many = ManySeeds(script, short_run(args, run_root=folder, **short), range(n))
             with watched_steps(script, lambda times=times: times.append(time.perf_counter())):
-                ManySeeds(script, brief, range(n)).train()
+                many.train()
+        device, live = many.device.type, torch.ones(n, device=many.device) > 0
         row = {"device": torch.cuda.get_device_name() if device == "cuda" else device}
         row |= {"threads": torch.get_num_threads(), "script": Path(script.__file__).name}
         row |= {"task": args.env_id, "seeds": n}
-        jit, live = script.setup_torch(args, torch.device(device)), torch.ones(n, device=device) > 0
 
-        def build(function, jit=jit, live=live) -> Callable:
-            update = jit(partial(script.in_place, of_many(function)), mode="reduce-overhead")
+        def build(function: Callable, many=many, live=live) -> Callable:
+            update = many.compiled(function, updates=True)
             return lambda state, *inputs: update(state, live, *inputs)
 
         work = Updates(script, args, sizes, device, build, seeds=(n,))
         for kind in ("sac", "model")[: 1 + hasattr(script, "model_update")]:
             once = getattr(work, kind)()
             once(), once()  # compiles it
-            count, seconds = timed(once, SECONDS)
+            count, seconds = timed(once, 2)
             row[f"{kind}_updates_per_s"] = n * count / seconds
         row["steps_per_s"] = n * steps / (times[-n] - times[300 * n])
         rows.append(row)

@@ -145,12 +145,12 @@ def published(task: str) -> pd.core.groupby.DataFrameGroupBy:
     return figures.groupby(["algorithm", "source", "seeds"], sort=False)
 
 
-def interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of the mean of scores [..., seeds]; NaN for one seed."""
-    if scores.shape[-1] < 2:
-        return (np.full(scores.shape[:-1], math.nan),) * 2
+def interval(scores: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over seeds; NaN for one seed."""
+    if len(scores) < 2:
+        return math.nan, math.nan
     options = {"n_resamples": 10_000, "batch": 1000, "method": "percentile", "rng": 0}
-    return tuple(bootstrap([scores], np.mean, axis=-1, **options).confidence_interval)
+    return tuple(bootstrap([scores], np.mean, **options).confidence_interval)
 
 
 def cell(curves: pd.DataFrame, step: int) -> str:
@@ -233,8 +233,8 @@ def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
             style |= {"linewidth": 1, "capsize": 3, "label": f"{algorithm}\n({source})"}
             axis.errorbar(points.step, points["mean"], points["std"], **style)
         axis.set(title=task, ylabel="mean return", xlabel="environment step")
-        if len(published(task)):
-            axis.legend(fontsize=7, frameon=False)
+        axis.legend(handles=axis.containers, fontsize=7, frameon=False)
+        axis.locator_params(axis="x", nbins=5)
     return grid
 
 
@@ -311,7 +311,7 @@ def cost_text() -> str:
         return "Not measured yet."
     rows = pd.read_csv(path).query("kind == 'steps' and who == 'ours' and rate > 0")
     rates = rows.groupby("task", sort=False).rate.median()
-    names, hours = "`" + rates.index + "`", 500_000 / rates.array / 3600
+    names, hours = "`" + rates.index + "`", (500_000 / rates.array / 3600).round().astype(int)
     columns = {"script": names, "steps per second": rates.array, "hours for 500,000 steps": hours}
     return markdown(pd.DataFrame(columns))
 

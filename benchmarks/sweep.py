@@ -243,7 +243,11 @@ def sweep(options: Options) -> None:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
-    failed = finish([run for run in runs if not run.done()], options)
+    try:
+        failed = finish([run for run in runs if not run.done()], options)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(1)  # without waiting for threads that wait
     for run, outcome in failed.items():
         print(f"failed: {run.folder}: {outcome}", file=sys.stderr)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done")

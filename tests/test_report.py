@@ -201,6 +201,11 @@ def test_runs_of_other_code_are_marked(tree, trained):
     assert rows_of(say())["sac, 10 updates per step †"][0] == "2"
 
 
+def test_readme_and_figures_are_current():
+    """Every generated part and figure follows from the committed files."""
+    assert not report.renew(RESULTS, write=False), "python benchmarks/report.py --write"
+
+
 def test_what_is_generated_follows_from_the_files(tree):
     """Written anew it is current, and published figures stand at the steps that are shown.
 
