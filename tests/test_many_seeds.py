@@ -204,6 +204,7 @@ def test_one_folder_that_is_refused_stops_all_before_they_start(together, tmp_pa
 def test_measure_writes_a_table(tmp_path, monkeypatch):
     """Updates and environment steps per second, summed over seeds."""
     monkeypatch.setattr(many_seeds, "RESULTS", tmp_path)
+    monkeypatch.setattr("updates.FIT_UPDATES", 5)
     monkeypatch.setattr(many_seeds, "timed", lambda once, seconds: (once(), 0.1))
     words = flags(
         settings("mbpo_ftfl", tmp_path / "none", updates_per_step=8, ensemble_size=2, num_elites=1)
