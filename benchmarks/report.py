@@ -1,5 +1,12 @@
 """Tables and figures of recorded runs beside published ones; the generated parts of README.md.
 
+    python benchmarks/report.py                           prints the tables of benchmarks/results
+    python benchmarks/report.py --write                   renews the README's parts and the figures
+    python benchmarks/report.py --check                   names what is out of date (exit code 1)
+    python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
+    python benchmarks/report.py --results runs            prints the tables of the runs in runs/
+    python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
+
 A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv and scalars.csv;
 a run's own folder, with TensorBoard events instead of scalars.csv, will do as well. Published
 figures stand, with their source, in benchmarks/published.csv.
@@ -8,27 +15,28 @@ Intervals: the middle 95 % of 10,000 bootstrap samples, which draw seeds with re
 et al. 2021, arXiv 2108.13264). One seed gives none: [-].
 """
 
-import argparse
 import ast
 import hashlib
-import inspect
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+import seaborn as sns
+from common import RESULTS, ROOT, InputError, markdown, run_tool
 from PIL import Image
 from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
+matplotlib.use("Agg")  # figures without a display
 GOALS = {"dmc/walker-run": 50, "Hopper-v5": 500}  # returns to reach, within the first curves
 PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
@@ -37,18 +45,14 @@ TRAINING = {  # tags in the figure of training: what they show, and the scale of
     "model/reward_std_ratio": ("reward spread, predicted / real", "log"),
     "model/change_error_mean": ("state error / variance of s' - s", "log"),
 }
-EXAMPLES = """examples:
-  python benchmarks/report.py                           prints the tables of benchmarks/results
-  python benchmarks/report.py --write                   renews the README's parts and the figures
-  python benchmarks/report.py --check                   names what is out of date (exit code 1)
-  python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
-  python benchmarks/report.py --results runs            prints the tables of the runs in runs/
-  python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
-"""
 
 
-class InputError(ValueError):
-    """What was asked for can't be done; one line says why and what to do."""
+@dataclass
+class Options:
+    write: bool = False  # renew the document and the figures
+    check: bool = False  # name what is out of date
+    record: tuple[Path, ...] = ()  # run folders to copy into the folder of results
+    results: Path = RESULTS  # folder of runs
 
 
 def read_events(folder: Path) -> pd.DataFrame:
@@ -61,23 +65,18 @@ def read_events(folder: Path) -> pd.DataFrame:
 
 def read_run(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
     """Settings, evaluations (step, mean, ...) and scalars (step, tag, value) of a run."""
-    kinds = {"script": str, "env_id": str, "exp_name": str} | dict.fromkeys(
-        ["seed", "total_timesteps", "eval_frequency", "updates_per_step"], int
-    )
     file = folder / "args.json"
     try:
         args = json.loads(file.read_text())
-        if wrong := [name for name, kind in kinds.items() if type(args.get(name)) is not kind]:
-            raise ValueError(f"no {wrong[0]}")
         file = folder / "eval.csv"
         evaluations = pd.read_csv(file).astype({"step": int, "mean": float})
-        if evaluations.empty or not np.isfinite(evaluations["mean"]).all():
-            raise ValueError("no returns, or some that are no numbers")
+        if evaluations.empty:
+            raise ValueError("no evaluation yet")
         file = folder / "scalars.csv"
         scalars = pd.read_csv(file) if file.exists() else read_events(folder)
         return args, evaluations, scalars.astype({"step": int, "tag": str, "value": float})
-    except (OSError, AttributeError, KeyError, ValueError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+    except (OSError, KeyError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"{folder} is no run that can be read: {file.name}: {reason}") from None
 
 
@@ -146,12 +145,12 @@ def published(task: str) -> pd.core.groupby.DataFrameGroupBy:
     return figures.groupby(["algorithm", "source", "seeds"], sort=False)
 
 
-def interval(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of the mean of scores [..., seeds]; NaN for one seed."""
-    if scores.shape[-1] < 2:
-        return (np.full(scores.shape[:-1], math.nan),) * 2
+def interval(scores: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over seeds; NaN for one seed."""
+    if len(scores) < 2:
+        return math.nan, math.nan
     options = {"n_resamples": 10_000, "batch": 1000, "method": "percentile", "rng": 0}
-    return tuple(bootstrap([scores], np.mean, axis=-1, **options).confidence_interval)
+    return tuple(bootstrap([scores], np.mean, **options).confidence_interval)
 
 
 def cell(curves: pd.DataFrame, step: int) -> str:
@@ -198,23 +197,23 @@ def table(task: str, rows: pd.DataFrame) -> str:
     Its columns are the evaluated steps next to half and all of the length of each run.
     """
     returns, biases = (rows[rows.tag == tag] for tag in ("return", "eval/critic_bias"))
-    curves_by_run, biases = curves_of(returns), curves_of(biases)
+    curves_by_run, biases, lines = curves_of(returns), curves_of(biases), []
     marks = [mark for length in returns.length.unique() for mark in (length / 2, length)]
     steps = sorted({min(returns.step, key=lambda step: abs(step - mark)) for mark in marks})
-    goal = [f"steps to {GOALS[task]:,}"] if task in GOALS else []
-    rows = [["run", "seeds", *(f"{step:,}" for step in steps), "critic bias at its end", *goal]]
-    rows.append(["---"] * len(rows[0]))
     for title, curves in curves_by_run.items():
-        cells, bias = [cell(curves, step) for step in steps], biases.get(title, curves[:0])
-        cells.append(cell(bias, bias.dropna().index.max()))
-        cells += [steps_to_reach(curves, GOALS[task])] if goal else []
-        rows.append([title, str(curves.shape[1]), *cells])
+        line = {"run": title, "seeds": curves.shape[1]}
+        line |= {f"{step:,}": cell(curves, step) for step in steps}
+        bias = biases.get(title, curves[:0])
+        line["critic bias at its end"] = cell(bias, bias.dropna().index.max())
+        if goal := GOALS.get(task):
+            line[f"steps to {goal:,}"] = steps_to_reach(curves, goal)
+        lines.append(line)
     for (algorithm, source, seeds), points in published(task):
-        at = {point.step: f"{point.mean} ± {point.std}" for point in points.itertuples()}
-        cells = [at.get(step, "") for step in steps]
-        rows.append([f"{algorithm} ({source})", str(seeds), *cells, "", *("" for _ in goal)])
-    lines = [f"**{task}**\n", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines + paired(curves_by_run))
+        line = {"run": f"{algorithm} ({source})", "seeds": seeds}
+        at = {f"{x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
+        lines.append(line | {name: text for name, text in at.items() if name in lines[0]})
+    made = markdown(pd.DataFrame(lines).fillna(""))
+    return "\n".join([f"**{task}**\n", made, *paired(curves_by_run)])
 
 
 def tables(data: pd.DataFrame) -> str:
@@ -225,56 +224,35 @@ def tables(data: pd.DataFrame) -> str:
     return "\n\n".join(made)
 
 
-def draw_runs(axis, rows: pd.DataFrame, colors: list[str]) -> None:
-    """Per run a thick line, the mean of its seeds; a thin one each; a band, the interval."""
-    for title, curves in curves_of(rows).items():
-        color, whole = f"C{colors.index(title.split(',')[0])}", curves.dropna()
-        axis.plot(curves, color=color, linewidth=0.6, alpha=0.6)
-        axis.plot(whole.mean(axis=1), color=color, linewidth=1.8, label=title)
-        axis.fill_between(whole.index, *interval(whole.to_numpy()), color=color, alpha=0.15)
-    axis.set_xlabel("environment step")
-    axis.locator_params(axis="x", nbins=5)
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def draw_curves(returns: pd.DataFrame) -> Figure:
-    """Return by environment step: one panel per task, published figures as points."""
-    colors, count = experiments(returns), returns.task.nunique()
-    columns, lines = min(count, 3), math.ceil(count / 3)
-    figure = Figure((5.5 * columns, 4.8 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for axis, (task, rows) in zip(axes, returns.groupby("task"), strict=False):
-        draw_runs(axis, rows, colors)
+def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
+    """Return by environment step: a panel per task, a band of its interval, published points."""
+    grid = relplot(returns, col="task", col_wrap=min(3, returns.task.nunique()), height=4.2)
+    for task, axis in grid.axes_dict.items():
         for i, ((algorithm, source, _), points) in enumerate(published(task)):
             style = {"fmt": "osD^v"[i % 5], "color": f"{0.4 * (i % 3)}", "markersize": 4}
             style |= {"linewidth": 1, "capsize": 3, "label": f"{algorithm}\n({source})"}
             axis.errorbar(points.step, points["mean"], points["std"], **style)
-        axis.set(title=task, ylabel="mean return")
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-        axis.legend(fontsize=7, frameon=False, **place)
-    for axis in axes[count:]:
-        axis.remove()
-    return figure
+        axis.set(title=task, ylabel="mean return", xlabel="environment step")
+        axis.legend(handles=axis.containers, fontsize=7, frameon=False)
+        axis.locator_params(axis="x", nbins=5)
+    return grid
 
 
-def draw_training(scalars: pd.DataFrame) -> Figure:
+def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
     """What TRAINING names by environment step, one row of panels per task."""
-    colors, count = experiments(scalars), scalars.task.nunique()
-    figure = Figure((4 * len(TRAINING), 3.4 * count + 0.4), layout="constrained")
-    axes, legend = figure.subplots(count, len(TRAINING), squeeze=False), {}
-    for line, (task, rows) in zip(axes, scalars.groupby("task"), strict=True):
-        line[0].set_ylabel(task)
-        for axis, (tag, (meaning, scale)) in zip(line, TRAINING.items(), strict=True):
-            draw_runs(axis, rows[rows.tag == tag], colors)
-            axis.set(title=meaning, yscale=scale)
-            legend |= {handle.get_label(): handle for handle in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles=legend.values(), loc="outside lower center", ncols=5, frameon=False)
-    return figure
+    tags = [tag for tag in TRAINING if tag in {*scalars.tag}]
+    grid = relplot(scalars, row="task", col="tag", col_order=tags, height=3)
+    for (task, tag), axis in grid.axes_dict.items():
+        axis.set(title=TRAINING[tag][0], yscale=TRAINING[tag][1], ylabel=task, xlabel="step")
+    return grid
 
 
-def experiments(rows: pd.DataFrame) -> list[str]:
-    """The experiments among the runs, in the order of their colors."""
-    return sorted({title.split(",")[0] for title in rows.run})
+def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
+    """Per run the mean of its seeds, and a band, the 95 % bootstrap interval of that mean."""
+    free = {"sharex": False, "sharey": False}
+    lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "dashes": False}
+    lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0}
+    return sns.relplot(rows, **lines, facet_kws=free, **layout)
 
 
 def figures_of(data: pd.DataFrame) -> dict:
@@ -285,13 +263,11 @@ def figures_of(data: pd.DataFrame) -> dict:
     return figures | ({"training": (draw_training, scalars)} if len(scalars) else {})
 
 
-def digest(draw, rows: pd.DataFrame) -> str:
-    """SHA-256 of all that a figure is made of: its rows, the published figures, the code."""
-    total = hashlib.sha256((ROOT / "benchmarks" / "published.csv").read_bytes())
-    total.update(f"{TRAINING}{rows.to_csv(index=False, float_format='%.6g')}".encode())
-    for function in (draw, draw_runs, experiments, curves_of, interval, published):
-        total.update(inspect.getsource(function).encode())
-    return total.hexdigest()
+def digest(rows: pd.DataFrame) -> str:
+    """SHA-256 of all that a figure is made of: its rows, the published figures, this code."""
+    text = rows.to_csv(index=False, float_format="%.6g") + code_of(Path(__file__).read_text())
+    text += (ROOT / "benchmarks" / "published.csv").read_text()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def drawn_from(path: Path) -> str | None:
@@ -334,10 +310,10 @@ def cost_text() -> str:
     if not path.exists():
         return "Not measured yet."
     rows = pd.read_csv(path).query("kind == 'steps' and who == 'ours' and rate > 0")
-    lines = ["| script | steps per second | hours for 500,000 steps |", "|---|---:|---:|"]
-    for script, rate in rows.groupby("task", sort=False).rate.median().items():
-        lines.append(f"| `{script}` | {rate:.3g} | {500_000 / rate / 3600:.0f} |")
-    return "\n".join(lines)
+    rates = rows.groupby("task", sort=False).rate.median()
+    names, hours = "`" + rates.index + "`", (500_000 / rates.array / 3600).round().astype(int)
+    columns = {"script": names, "steps per second": rates.array, "hours for 500,000 steps": hours}
+    return markdown(pd.DataFrame(columns))
 
 
 def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
@@ -350,8 +326,8 @@ def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
 
 Mean return at an environment step, and mean critic bias (see "What TensorBoard shows"), with
 [95 % bootstrap interval over seeds; - for one seed]. Steps to a return: the first evaluation that
-reaches it, median over seeds. Published: mean ± standard deviation over seeds. In the figure, thin
-lines are seeds, thick ones their mean, bands its interval, and points are published.
+reaches it, median over seeds. Published: mean ± standard deviation over seeds. In the figure, lines
+are means over seeds, bands their intervals, and points are published.
 
 {tables(data)}"""
     if "training" in figures_of(data):
@@ -401,20 +377,18 @@ def renew(results: Path, write: bool) -> list[Path]:
             if write:
                 path.write_text(text)
     for name, (draw, rows) in figures_of(data).items():
-        path, description = results / "figures" / f"{name}.png", digest(draw, rows)
+        path, description = results / "figures" / f"{name}.png", digest(rows)
         if drawn_from(path) != description:
             stale.append(path)
             if write:
                 path.parent.mkdir(exist_ok=True)
                 metadata = {"Description": description, "Software": None}
-                draw(rows).savefig(path, dpi=110, metadata=metadata)
+                draw(rows).savefig(path, dpi=100, metadata=metadata)
     return stale
 
 
-def record(folders: list[Path], results: Path) -> None:
+def record(folders: tuple[Path, ...], results: Path) -> None:
     """Copies finished runs into a folder of results; all are read before any is written."""
-    free = "run_root checkpoint_frequency device compile capture_video track resume overwrite"
-    free += " source code commit"
     runs = {}
     for folder in folders:
         args, evaluations, _ = read_run(folder)
@@ -423,14 +397,14 @@ def record(folders: list[Path], results: Path) -> None:
             raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
         if last + args["eval_frequency"] <= end:
             raise InputError(f"{folder} is at step {last:,} of {end:,}: --resume it to its end")
-        task = re.sub("[/:]", "-", args["env_id"])
-        target = results / f"{task}__{args['exp_name']}__{args['seed']}"
-        held = read_run(target)[0] if target.exists() else args
-        for name in sorted((held.keys() & args.keys()) - {*free.split()}):
-            if held[name] != args[name]:
-                change = f"{name} {held[name]}, not {args[name]}"
-                raise InputError(f"{target} holds a run with {change}: remove it to replace it")
-        runs[target] = folder, args | origin(args["script"], args.get("source", "")), scalars
+        target = results / folder.resolve().name
+        if target.exists():
+            held, free = read_run(target)[0], {"run_root", "resume", "overwrite", "source"}
+            for name in sorted((held.keys() & args.keys()) - free):
+                if held[name] != args[name]:
+                    change = f"{name} {held[name]}, not {args[name]}"
+                    raise InputError(f"{target} holds a run with {change}: remove it to replace it")
+        runs[target] = folder, args | origin(args["script"], args["source"]), scalars
     for target, (folder, args, scalars) in runs.items():
         target.mkdir(parents=True, exist_ok=True)
         (target / "args.json").write_text(json.dumps(args, indent=2) + "\n")
@@ -439,37 +413,19 @@ def record(folders: list[Path], results: Path) -> None:
         print(f"recorded {target}")
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; --help shows examples")
-
-
-def main() -> None:
+def report(options: Options) -> None:
     """Prints tables, renews or checks what is made of them, or records runs."""
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
-    parser, own = Parser(description=__doc__, **layout), ROOT / "benchmarks" / "results"
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--write", action="store_true", help="renew the document and the figures")
-    either.add_argument("--check", action="store_true", help="name what is out of date")
-    either.add_argument("--record", type=Path, nargs="+", metavar="RUN", help="copy runs to DIR")
-    parser.add_argument("--results", type=Path, default=own, metavar="DIR", help="folder of runs")
-    try:
-        args = parser.parse_args()
-        if args.record:
-            record(args.record, args.results)
-        elif args.write or args.check:
-            stale = renew(args.results, args.write)
-            for path in stale:
-                print(f"{path} is {'renewed' if args.write else 'out of date: give --write'}")
-            sys.exit(1 if args.check and stale else 0)
-        else:
-            print(tables(load(args.results)))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if bool(options.write) + bool(options.check) + bool(options.record) > 1:
+        raise InputError("give one of --write, --check and --record")
+    if options.record:
+        return record(options.record, options.results)
+    if not options.write and not options.check:
+        return print(tables(load(options.results)))
+    stale = renew(options.results, options.write)
+    for path in stale:
+        print(f"{path} is {'renewed' if options.write else 'out of date: give --write'}")
+    sys.exit(1 if options.check and stale else 0)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(report, Options, __doc__)

@@ -17,43 +17,29 @@ of the next. Each run needs a folder of its own: exp-name tells apart those of o
     rollout-schedule = "20000 100000 1 5"
     exp-name = "{script}_utd{updates-per-step}"
 
-All of it is checked before anything starts. A run's output is in its folder, in log.txt. After an
-interruption, a kill or a failure the same command goes on: it skips what is done and resumes the
-rest. The exit code is 1 if a run failed, and 2 for bad input.
+The scripts' own checks see all of it before anything starts. A run's output is in its folder, in
+log.txt. After an interruption, a kill or a failure the same command goes on: it skips what is done
+and resumes the rest. The exit code is 1 if a run failed, and 2 for bad input.
 """
 
-import difflib
 import fcntl
-import functools
-import io
 import itertools
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import tomllib
-import warnings
-from contextlib import redirect_stderr
-from dataclasses import dataclass, field, fields, replace
-from importlib import import_module
-from inspect import formatannotation
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import tyro
+from common import ROOT, InputError, load_script, load_task, parse, run_tool
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
-SHIELD = ["sh", "-c", 'trap "" TERM USR2; exec "$@"', "sh"]  # runs "$@", deaf to these signals
-
-
-class InputError(ValueError):
-    """What was asked for can't be done; one line says why and what to do."""
 
 
 @dataclass
@@ -70,19 +56,16 @@ class Options:
     dry_run: bool = False  # print the commands, and start nothing
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Run:
-    """A run of a script by a child process, which locks the run's log for as long as it lives.
+    """A run of a script by a child process, which locks the run's log for as long as it lives."""
 
-    So a child that outlives its sweep, or belongs to another one, is waited for.
-    """
-
-    command: list[str]
+    command: tuple[str, ...]
     folder: Path
-    settings: dict  # as in args.json, but for run_root and source
+    settings: str  # as in args.json, but for run_root and source
     threads: int
-    log: IO | None = None
-    process: subprocess.Popen | None = None
+    seed: int = 0
+    shielded: bool = False  # from the signals of preemption, which only submitit answers
 
     def done(self) -> bool:
         """Whether these very settings have run to exit code 0, which is what done.json records.
@@ -91,94 +74,49 @@ class Run:
         step, and a run may have no checkpoints.
         """
         file = self.folder / "done.json"
-        return file.exists() and file.read_text() == json.dumps(self.settings)
+        return file.exists() and file.read_text() == self.settings
 
-    def step(self) -> int:
-        """The step of the last evaluation, or of the end."""
-        file, total = self.folder / "eval.csv", self.settings["total_timesteps"]
-        if self.done() or not file.exists():
-            return total if self.done() else 0
-        return min(total, int(file.read_text().splitlines()[-1].split(",")[0]))
-
-    def outcome(self) -> str | None:
-        """Starts the child when the log is free. Then None: goes on, "": done, else what failed."""
-        if self.process is None:
-            self.log = self.log or (self.folder / "log.txt").open("a+", errors="replace")
-            try:
-                fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
+    def __call__(self, children: set[subprocess.Popen] | None = None) -> str:
+        """Runs to the end, whatever has begun already; returns what failed. A job of a cluster."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.txt").open("a+", errors="replace") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)  # waits for a child that has outlived its sweep
             if self.done():
                 return ""
-            print(f"$ {shlex.join(self.command)}", file=self.log, flush=True)
+            print(f"$ {shlex.join(self.command)}", file=log, flush=True)
             env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
-            files = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
-            self.process = subprocess.Popen(self.command, env=env, **files)
-        if code := self.process.poll():
-            self.log.seek(0)
-            return f"exit code {code}: {self.log.read().strip().splitlines()[-1]}"
-        if code == 0:
-            (self.folder / "done.json").write_text(json.dumps(self.settings))
-        return None if code is None else ""
-
-    def stop(self) -> None:
-        """Ends the child, whose files are whole at any moment."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-        if self.log:
-            self.log.close()
-
-    def __call__(self) -> str:
-        """What a job of the cluster does; returns the outcome."""
-        try:
-            while (outcome := self.outcome()) is None:
-                time.sleep(1)
-            return outcome
-        finally:
-            self.stop()
+            files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            child = subprocess.Popen(
+                self.command, env=env, preexec_fn=shield if self.shielded else None, **files
+            )
+            if children is not None:
+                children.add(child)
+            if code := child.wait():
+                log.seek(0)
+                return f"exit code {code}: {log.read().strip().splitlines()[-1]}"
+        (self.folder / "done.json").write_text(self.settings)
+        return ""
 
     def checkpoint(self):
         """What submitit queues when the job is preempted or out of time: the same, to go on."""
-        again = replace(self, log=None, process=None)
-        return import_module("submitit").helpers.DelayedSubmission(again)
+        import submitit  # here, because the local sweep does without
+
+        return submitit.helpers.DelayedSubmission(self)
 
 
-class ClusterJob:
-    """A run as a job of the cluster, for `watch`."""
-
-    def __init__(self, job):
-        self.job = job
-
-    def outcome(self) -> str | None:
-        """As of a Run; if the job itself failed, submitit's words."""
-        if not self.job.done():
-            return None
-        error = self.job.exception()
-        said = error and f"{str(error).splitlines()[0]}, see {self.job.paths.stderr}"
-        return said or self.job.result()
-
-    def stop(self) -> None:
-        """Takes the job out of the queue, if it is still in there."""
-        if not self.job.done():
-            self.job.cancel(check=False)
+def shield() -> None:
+    """SLURM signals all processes of a job; the child shall not heed it."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def submit(runs: list[Run], executor) -> dict[Run, ClusterJob]:
-    """Hands the runs to a submitit executor, which gets the signals, as one array of jobs."""
-    with redirect_stderr(io.StringIO()), executor.batch():  # or sbatch's errors come twice
-        jobs = [executor.submit(replace(run, command=SHIELD + run.command)) for run in runs]
-    return dict(zip(runs, map(ClusterJob, jobs), strict=True))
-
-
-def slurm_executor(options: Options, folder: Path):
-    """The submitit executor that the options ask for, with its own files in a folder; or None."""
-    if options.cluster == "local":
-        return None
+def slurm_jobs(runs: list[Run], options: Options) -> dict:
+    """The runs as one array of jobs, each with its future."""
     try:
-        submitit = import_module("submitit")
+        import submitit
     except ImportError:
         raise InputError("--cluster slurm needs submitit: pip install -e '.[benchmarks]'") from None
+    folder = Path(runs[0].folder.parent, "submitit")
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=1000)
     executor.update_parameters(
         name=options.grid.stem,
@@ -189,15 +127,42 @@ def slurm_executor(options: Options, folder: Path):
         slurm_array_parallelism=options.jobs,
         slurm_additional_parameters={"requeue": True} | options.slurm,
     )
-    return executor
+    try:
+        with executor.batch():
+            jobs = [executor.submit(replace(run, shielded=True)) for run in runs]
+    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+        raise InputError(f"sbatch refuses: {error}") from None
+    return dict(zip(runs, jobs, strict=True))
 
 
-def known(kind: str, name: str, names: list[str]) -> str:
-    """The name, if it is among the names; else InputError with the nearest of them."""
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1, 0)[0]
-        raise InputError(f"there is no {kind} {name}; did you mean {near}?")
-    return name
+def outcome_of(job) -> str:
+    """What failed of a run on the cluster, once its job is over."""
+    error = job.exception()
+    return f"{str(error).splitlines()[0]}, see {job.paths.stderr}" if error else job.result()
+
+
+def finish(runs: list[Run], options: Options) -> dict[Run, str]:
+    """Has all runs done, as many at a time as the options say; returns what failed, and how."""
+    children: set[subprocess.Popen] = set()
+    jobs = slurm_jobs(runs, options) if options.cluster == "slurm" and runs else None
+    pool = ThreadPoolExecutor(len(runs) + 1 if jobs else options.jobs or os.cpu_count())
+    try:
+        if jobs:
+            futures = {pool.submit(outcome_of, jobs[run]): run for run in runs}
+        else:
+            futures = {pool.submit(run, children): run for run in runs}
+        failed = {}
+        for future in tqdm(as_completed(futures), total=len(runs), unit="run", disable=None):
+            if outcome := future.result():
+                failed[futures[future]] = outcome
+        return failed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.kill()  # its files are whole at any moment
+        for job in (jobs or {}).values():
+            if not job.done():
+                job.cancel(check=False)
 
 
 def words(flag: str, value) -> list[str]:
@@ -207,61 +172,38 @@ def words(flag: str, value) -> list[str]:
     return [f"--{flag}", *str(value).split()]
 
 
-@functools.cache
-def parse(script, flag: str, *words: str) -> dict:
-    """A flag as {field of the script's Args: value}; InputError if there is no such thing."""
-    types = {f.name.replace("_", "-"): f.type for f in fields(script.Args)}
-    own = {"run-root", "resume", "overwrite"}  # these are the sweep's
-    known(f"flag of {script.__name__}.py", flag, sorted(types.keys() - own))
-    try:
-        with redirect_stderr(io.StringIO()):
-            args = tyro.cli(script.Args, args=words)
-    except SystemExit:
-        kind = formatannotation(types[flag])
-        raise InputError(f"{flag} takes {kind}, not {' '.join(words[1:] or words)}") from None
-    name = flag.replace("-", "_")
-    return {name: getattr(args, name)}
-
-
-@functools.cache
-def check_task(script, env_id: str, render: bool) -> None:
-    """Raises the script's InputError for a task that it can't make."""
-    script.make_env(env_id, render).close()
+@cache
+def check_task(script, env_id: str, never_terminates: bool) -> None:
+    """Raises InputError for a task that the script can't make, or knows no end of."""
+    load_task(env_id)
+    script.make_env(env_id).close()
+    if hasattr(script, "termination_function"):
+        args = script.Args(env_id=env_id, never_terminates=never_terminates)
+        script.termination_function(args)
 
 
 def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     """The run of a script with these flags; InputError if the script has something against it."""
-    name = known("script", name, sorted(path.name for path in ROOT.glob("*.py")))
-    script, args = import_module(Path(name).stem), {}
+    if not (ROOT / name).is_file():
+        raise InputError(f"there is no script {name}")
+    script, local = load_script(name), options.cluster == "local"
     if "exp-name" in flags:
         try:
-            names = flags | {"script": script.__name__}
-            flags["exp-name"] = str(flags["exp-name"]).format_map(names)
+            named = flags | {"script": script.__name__}
+            flags["exp-name"] = str(flags["exp-name"]).format_map(named)
         except (AttributeError, LookupError, ValueError) as error:
             raise InputError(f"exp-name {flags['exp-name']}: no flag {error} here") from None
-    for flag, value in flags.items():
-        args |= parse(script, flag, *words(flag, value))
-    args, local = script.Args(**args), options.cluster == "local"
-    here = args if local else replace(args, device="auto", capture_video=False)  # jobs have more
-    with tempfile.TemporaryDirectory() as scratch:
-        args = replace(args, run_root=scratch, resume=True)
-        try:
-            script.check_args(here)
-            check_task(script, here.env_id, here.capture_video)
-            if hasattr(script, "termination_function"):
-                script.termination_function(here)
-            copy = script.run_folder(args)
-            folder = root / copy.name
-            if (folder / "args.json").exists():  # without the checkpoint, which would take a while
-                copy.mkdir(parents=True)
-                shutil.copy(folder / "args.json", copy)
-            settings, _ = script.read_run(args, None)
-        except script.InputError as error:
-            raise InputError(str(error).replace(scratch, str(root))) from None
-    command = [sys.executable, str(ROOT / name), "--run-root", str(root), "--resume"]
-    command += itertools.chain.from_iterable(itertools.starmap(words, flags.items()))
-    del settings["run_root"], settings["source"]  # what is done may be moved, the script edited
-    return Run(command, folder, settings, threads=1 if local else options.cpus)
+    given = list(itertools.chain.from_iterable(itertools.starmap(words, flags.items())))
+    given = ["--run-root", str(root), "--resume", *given]
+    args = parse(script.Args, "", given)
+    # Jobs of a cluster may have what this machine lacks.
+    script.check_args(args if local else replace(args, device="auto", capture_video=False))
+    check_task(script, args.env_id, getattr(args, "never_terminates", False))
+    settings = {"script": Path(name).name} | asdict(args)
+    del settings["run_root"]  # what is done may be moved
+    command = sys.executable, str(ROOT / name), *given
+    threads = 1 if local else options.cpus
+    return Run(command, script.run_folder(args), json.dumps(settings), threads, args.seed)
 
 
 def read_grid(options: Options) -> list[Run]:
@@ -285,69 +227,27 @@ def read_grid(options: Options) -> list[Run]:
                     remedy = 'tell them apart, as by exp-name = "{script}_{gamma}"'
                     raise InputError(f"{run.folder} would hold two runs: {remedy}")
                 runs[run.folder] = run
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
-    return sorted(runs.values(), key=lambda run: run.settings["seed"])
+    return sorted(runs.values(), key=lambda run: run.seed)
 
 
-def watch(runs: list[Run], start, limit: int) -> dict[Run, str]:
-    """Has `start` take up the runs, `limit` at a time; returns what failed, and how."""
-    todo, active, failed = [run for run in runs if not run.done()], {}, {}
-    steps = {run: run.step() for run in runs}
-    total = sum(run.settings["total_timesteps"] for run in runs)
-    every = 0.5 if sys.stderr.isatty() else 60  # seconds
-    bar = tqdm(total=total, initial=sum(steps.values()), unit="step", miniters=0, mininterval=every)
-    try:
-        while todo or active:
-            while todo and len(active) < limit:
-                run = todo.pop(0)
-                active[run] = start(run)
-            for run, job in list(active.items()):
-                if (outcome := job.outcome()) is not None:
-                    active.pop(run).stop()
-                    failed |= {run: outcome} if outcome else {}
-                steps[run] = run.step()
-            done = len(runs) - len(todo) - len(active) - len(failed)
-            held = sum(job is run and not run.process for run, job in active.items())
-            about = f"{done} of {len(runs)} runs done, {len(failed)} failed"
-            about += f", {held} held by another sweep" if held else ""
-            bar.set_postfix_str(about, refresh=False)
-            bar.update(sum(steps.values()) - bar.n)
-            time.sleep(0.2)
-    finally:
-        for job in active.values():
-            job.stop()
-        bar.close()
-    return failed
-
-
-def main() -> None:
-    """Does what the command line says; bad input is one line on stderr and exit code 2."""
-    warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
+def sweep(options: Options) -> None:
+    """Runs what of the grid is not done."""
+    for name in ("jobs", "hours", "cpus"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise InputError(f"--{name} must be above 0, not {value}")
+    runs = read_grid(options)
+    if options.dry_run:
+        print(*(shlex.join(run.command) for run in runs), sep="\n")
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    sys.path.insert(0, str(ROOT))
-    options = tyro.cli(Options, description=__doc__)
+    runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        for name in ("jobs", "hours", "cpus"):
-            if (value := getattr(options, name)) is not None and value <= 0:
-                raise InputError(f"--{name} must be above 0, not {value}")
-        runs = read_grid(options)
-        if options.dry_run:
-            print(*(shlex.join(run.command) for run in runs), sep="\n")
-            return
-        todo = [run for run in runs if not run.done()]
-        executor = slurm_executor(options, Path(runs[0].folder.parent, "submitit"))
-        for run in todo:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        if executor and todo:
-            failed = watch(runs, submit(todo, executor).get, len(runs))
-        else:
-            failed = watch(runs, lambda run: run, options.jobs or os.cpu_count())
+        failed = finish([run for run in runs if not run.done()], options)
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command goes on")
-    except (InputError, OSError, RuntimeError) as error:  # submitit has RuntimeErrors
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print("error: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(1)  # without waiting for threads that wait
     for run, outcome in failed.items():
         print(f"failed: {run.folder}: {outcome}", file=sys.stderr)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done")
@@ -355,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(sweep, Options, __doc__)

@@ -1,47 +1,47 @@
 """What this machine does per second with our updates, with those of peers, and at its very best.
 
+    python benchmarks/throughput.py                           everything there is
+    python benchmarks/throughput.py --only sac --peers sbx    SAC updates, beside sbx alone
+    python benchmarks/throughput.py --only model rollout --rounds 3 --seconds 1
+    python benchmarks/throughput.py --pythons sbx ~/sbx/bin/python mbrl-lib ~/mbrl/bin/python
+
 Measured are SAC updates, updates of the ensemble, rollouts of the model and steps of whole runs, at
 the sizes of walker-run and humanoid-walk; beside them, in turn, round after round, so that whatever
 else the machine does hits all alike: the SAC of stable-baselines3 and of sbx (JAX), mbrl-lib's SAC,
-ensemble and rollouts, on a GPU LeanRL's SAC, and the matrix products of an update alone, which no
+ensemble and rollouts, and the matrix products of an update alone, which no
 implementation in this precision can outrun. All draw their batches from a buffer, which is counted.
 
 Every contender is a process of its own with the same threads (benchmarks/peers/), idle but in its
-turn; a peer lives in a virtual environment of its own, made on first use, which takes minutes and a
-GB or two. One that can't be installed, or fails, is a line in the table. Where pip would fetch a
-CUDA build of torch for a CPU, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+turn. A peer runs in this Python, or in the one of an environment of its own; one that is not
+installed there, or fails, is a line in the table. To install them:
+
+    pip install stable-baselines3==2.9.2 sbx-rl==0.28.0 jax
+    pip install hydra-core==1.3.2 gymnasium matplotlib termcolor tqdm && pip install --no-deps mbrl
 
 Written after every round: OUT/cpu.csv or cuda.csv, a line per measurement; .md and .png from it.
 """
 
-import argparse
 import json
 import os
 import platform
 import re
-import select
 import subprocess
 import sys
 import tempfile
-import urllib.request
-import warnings
 from contextlib import ExitStack, suppress
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
+import seaborn as sns
+import torch
+from common import RESULTS, ROOT, InputError, load_script, markdown, run_tool
+from matplotlib import pyplot as plt
+from peers.ours import products
 from tqdm import tqdm
+from updates import FIT_EVERY, FIT_UPDATES
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "peers")]
-EXAMPLES = """examples:
-  python benchmarks/throughput.py                           everything there is
-  python benchmarks/throughput.py --only sac --peers sbx    SAC updates, beside sbx alone
-  python benchmarks/throughput.py --only model rollout --rounds 3 --seconds 1
-  python benchmarks/throughput.py --device cuda --here      on a GPU, peers from this very Python"""
 KINDS = {
     "sac": "SAC updates",
     "model": "model updates",
@@ -49,115 +49,72 @@ KINDS = {
     "env": "environment steps alone",
     "steps": "steps of a run",
 }
+MEASURED, PEERS = ("sac", "model", "rollout", "steps"), ("stable-baselines3", "sbx", "mbrl-lib")
 ENVS = ["dmc/walker-run", "dmc/humanoid-walk"]
 SCRIPTS = ["sac", "mbpo", "mbpo_ftfl", "mbpo_residual_ablation"]
 PRODUCTS, PARTS = "its matrix products alone", "mbrl-lib's parts"
-LEANRL = "meta-pytorch/LeanRL/760837e0844e32bb5e1b06afb612ac694f7240ca/leanrl/"
-LEANRL += "sac_continuous_action_torchcompile.py"
 LABELS = ["kind", "task", "who"]
 COLUMNS = ["round", *LABELS, "version", "count", "seconds", "rate", "gflop", "error"]
-COLUMNS += ["sac_updates", "sac_seconds", "model_updates", "model_seconds", "fit_seconds"]
-NOTES = """\
+COLUMNS += ["sac_updates", "model_updates"]
+NOTES = f"""\
 SAC: batches of 256, two hidden layers of 256. Models: 7 members, four hidden layers of 200, batches
 of 256. Rollouts: 400 branches of one step. Steps of a run: walker-run with the script's defaults,
 but for evaluations and checkpoints, which are off, and fits, which are ten times as frequent and as
-short, {} updates every {} steps; mbrl-lib's parts are one environment step, as many SAC and model
-updates as ours made per step, and 400 rollouts. Median and range are those of the rounds; "ours
-over it" is taken round by round. A fit is its updates, their batches, and the errors on its
-holdout, here of 2,000 transitions beside 8,000 to learn from. Start: seconds of the first two
-calls, most of them compilation; of a run, until the first fit is done.
+short, {FIT_UPDATES} updates every {FIT_EVERY} steps; mbrl-lib's parts are one environment step, as
+many SAC and model updates as ours made per step, and 400 rollouts. Median and range are those of
+the rounds; ratios and shares are taken round by round. Start: seconds of the first two calls, most
+of them compilation; of a run, until the first fit is done.
 """
 
 
-class Failure(Exception):
-    """A contender can't be installed; the reason in one line."""
+@dataclass
+class Options:
+    rounds: int = 7  # rounds, in each of which all have a turn
+    seconds: float = 3.0  # seconds of a turn at least
+    threads: int = 2  # CPU cores and threads of each contender
+    only: tuple[Literal[MEASURED], ...] = MEASURED  # what is measured
+    peers: tuple[Literal[PEERS], ...] = PEERS  # beside whom
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """cpu or cuda"""
+    out: Path = RESULTS / "throughput"  # folder of the results
+    pythons: dict[str, str] = field(default_factory=dict)  # of peers with environments of their own
 
 
 class Peer(NamedTuple):
-    """Another implementation: its worker, what is measured of it, what to install beside torch."""
+    """Another implementation: its worker, what is measured of it, what its worker has to know."""
 
     worker: str
-    kinds: list[str]
-    packages: str
-    bare: str = ""  # a package whose own requirements are too old to be installed
+    kinds: tuple[str, ...]
     setting: dict = {}  # noqa: RUF012
 
 
-def all_peers(device: str) -> dict[str, Peer]:
-    """The peers by name; LeanRL is one on a GPU."""
-    stable, jax = "stable-baselines3==2.9.2", "jax[cuda13]" if device == "cuda" else "jax"
-    mbrl = "hydra-core==1.3.2 gymnasium==1.4.0 matplotlib termcolor tqdm imageio"
-    lean = "tensordict==0.12.0 torchrl==0.12.0 gymnasium==1.4.0 tyro tqdm"
-    peers = {
-        "stable-baselines3": Peer("stable", ["sac"], stable, "", {"package": "stable_baselines3"}),
-        "sbx": Peer("stable", ["sac"], f"{stable} sbx-rl==0.28.0 {jax}", "", {"package": "sbx"}),
-        "mbrl-lib": Peer("mbrl_lib", ["sac", "model", "rollout"], mbrl, "mbrl==0.2.0"),
-    }
-    return peers | ({"LeanRL": Peer("leanrl", ["sac"], lean)} if device == "cuda" else {})
-
-
-def install(name: str, peer: Peer, cache: Path) -> str:
-    """The Python of the peer's own environment, made on first use; Failure if that fails."""
-    folder, pip = cache / name, ["-m", "pip", "install", "-q"]
-    python, done = str(folder / "bin" / "python"), folder / "installed.txt"
-    wanted = f"torch=={version('torch').split('+')[0]} {peer.packages}"
-    if done.exists() and done.read_text() == wanted + peer.bare:
-        return python
-    commands = [[sys.executable, "-m", "venv", "--clear", folder], [python, *pip, *wanted.split()]]
-    commands += [[python, *pip, "--no-deps", peer.bare]] if peer.bare else []
-    print(f"installing {name} into {folder}", file=sys.stderr)
-    for command in commands:
-        child = subprocess.run(command, capture_output=True, text=True)
-        if child.returncode:
-            said = [line for line in child.stderr.splitlines() if "error" in line.lower()]
-            raise Failure(f"not installed: {[*said, 'pip gave no reason'][0]}")
-    done.write_text(wanted + peer.bare)
-    return python
-
-
-def leanrl_source(cache: Path) -> str:
-    """LeanRL's script, which is on no package index; Failure if it can't be fetched."""
-    path = cache / Path(LEANRL).name
-    if not path.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlretrieve(f"https://raw.githubusercontent.com/{LEANRL}", path)
-        except OSError as error:
-            raise Failure(f"not installed: {LEANRL}: {error}") from None
-    return str(path)
+ALL_PEERS = {
+    "stable-baselines3": Peer("stable", ("sac",), {"package": "stable_baselines3"}),
+    "sbx": Peer("stable", ("sac",), {"package": "sbx"}),
+    "mbrl-lib": Peer("mbrl_lib", ("sac", "model", "rollout")),
+}
 
 
 class Worker:
-    """A contender's process, started when it is first asked; or the reason why it can't be."""
+    """A contender's process, started when it is first asked."""
 
-    def __init__(self, command: list, log: Path, failure: str = ""):
-        self.command, self.log, self.failure, self.process = command, log, failure, None
+    def __init__(self, command: list, log: Path):
+        self.command, self.log, self.failure, self.process = command, log, "", None
 
-    def start(self) -> None:
-        """Starts the process, with a pipe for its answers, since libraries print to stdout."""
-        ours, its = os.pipe()
-        options = {"env": os.environ | {"ANSWERS": str(its)}, "pass_fds": [its], "text": True}
-        with open(self.log, "w") as said:
-            options |= {"stdin": subprocess.PIPE, "stdout": said, "stderr": said}
-            self.process = subprocess.Popen(self.command, start_new_session=True, **options)
-        os.close(its)
-        self.answers = os.fdopen(ours)
-
-    def ask(self, timeout: float, **request) -> dict:
+    def ask(self, **request) -> dict:
         """The answer; {"error": ...} where something went wrong, and ever after if it is over."""
         if self.failure:
             return {"error": self.failure}
         if not self.process:
-            self.start()
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            with open(self.log, "w") as said:
+                place = {"stderr": said, "cwd": ROOT / "benchmarks"}
+                self.process = subprocess.Popen(self.command, **pipes, **place)
         with suppress(BrokenPipeError):  # it has ended, as the end of its output says
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        if not select.select([self.answers], [], [], timeout)[0]:
-            self.failure = f"no answer within {timeout:.0f} s"
-        elif line := self.answers.readline():
+        if line := self.process.stdout.readline():
             return json.loads(line)
-        else:
-            self.failure = (self.log.read_text().splitlines() or ["it ended without a word"])[-1]
-        self.close()
+        self.failure = (self.log.read_text().splitlines() or ["it ended without a word"])[-1]
         return {"error": self.failure}
 
     def close(self) -> None:
@@ -167,72 +124,65 @@ class Worker:
             self.process.wait()
 
 
-def plan(args, folder: Path, workers: dict) -> list[tuple[Worker, str, dict]]:
+def plan(options: Options, folder: Path, workers: dict) -> list[tuple[Worker, str, dict]]:
     """(worker, task, labels) in the order of their turns; the workers are put into `workers`."""
-    import ours
-
-    peers = {name: peer for name, peer in all_peers(args.device).items() if name in args.peers}
-    starts = {"ours": (sys.executable, "ours", {})}  # Python, worker, setting; or why there is none
-    starts |= {f"{name}.py": (sys.executable, "ours", {"script": name}) for name in SCRIPTS}
-    for name, peer in peers.items():
-        try:
-            python = sys.executable if args.here else install(name, peer, args.cache)
-            source = {"source": leanrl_source(args.cache)} if name == "LeanRL" else {}
-            starts[name] = python, peer.worker, peer.setting | source
-        except Failure as failure:
-            starts[name] = str(failure)
+    contenders = {"ours": Peer("ours", ("sac", "model", "rollout"))}
+    contenders |= {name: ALL_PEERS[name] for name in options.peers}
     sizes, turns = {}, []
     for env_id in ENVS:
-        env = ours.script.make_env(env_id)
-        sizes[env_id] = env.observation_space.shape[0], env.action_space.shape[0]
+        env = load_script("mbpo_ftfl.py").make_env(env_id)
+        sizes[env_id] = {"obs": env.observation_space.shape[0], "action": env.action_space.shape[0]}
 
-    def turn(kind: str, env_id: str, name: str, wanted: str, **labels) -> None:
+    def turn(kind: str, env_id: str, name: str, peer: Peer, wanted: str, **labels) -> None:
         if (name, env_id) not in workers:
-            log, begun = folder / f"{len(workers)}.log", starts[name]
-            if isinstance(begun, str):
-                workers[name, env_id] = Worker([], log, begun)
-            else:
-                python, file, more = begun
-                dims = {"obs": sizes[env_id][0], "action": sizes[env_id][1]}
-                setting = json.dumps({"env_id": env_id, "device": args.device} | dims | more)
-                path = ROOT / "benchmarks" / "peers" / f"{file}.py"
-                workers[name, env_id] = Worker([python, path, setting], log)
+            python, log = options.pythons.get(name, sys.executable), folder / f"{len(workers)}.log"
+            setting = {"env_id": env_id, "device": options.device} | sizes[env_id] | peer.setting
+            command = [python, "-m", f"peers.{peer.worker}", json.dumps(setting)]
+            workers[name, env_id] = Worker(command, log)
         labels = {"kind": kind, "task": env_id, "who": name} | labels
         turns.append((workers[name, env_id], wanted, labels))
 
     for kind in ("sac", "model", "rollout"):
-        for env_id in ENVS if kind in args.only else []:
-            for name in ["ours", *(name for name in peers if kind in peers[name].kinds)]:
-                turn(kind, env_id, name, kind)
+        for env_id in ENVS if kind in options.only else []:
+            for name, peer in contenders.items():
+                if kind in peer.kinds:
+                    turn(kind, env_id, name, peer, kind)
             if kind != "rollout":
-                gflop = ours.products(kind, *sizes[env_id])[1] / 1e9
-                turn(kind, env_id, "ours", f"{kind} products", who=PRODUCTS, gflop=gflop)
-    if "steps" in args.only:
-        turn("env", ENVS[0], "ours", "env")
+                more = {"who": PRODUCTS, "gflop": products(kind, *sizes[env_id].values())[1] / 1e9}
+                turn(kind, env_id, "ours", contenders["ours"], f"{kind} products", **more)
+    if "steps" in options.only:
+        turn("env", ENVS[0], "ours", contenders["ours"], "env")
         for name in SCRIPTS:
-            turn("steps", ENVS[0], f"{name}.py", "steps", task=f"{name}.py", who="ours")
+            peer, more = Peer("ours", (), {"script": name}), {"task": f"{name}.py", "who": "ours"}
+            turn("steps", ENVS[0], f"{name}.py", peer, "steps", **more)
     return turns
 
 
-def measure(args) -> None:
+def measure(options: Options) -> None:
     """Gets everything ready, then measures round by round; writes all files after each."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is none here; take --device cpu")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(options.threads)
+    if hasattr(os, "sched_setaffinity"):  # all contenders get these cores, whatever they use
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     records, workers = [], {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # to compile anew
         stack.callback(lambda: [worker.close() for worker in workers.values()])
-        turns = plan(args, folder, workers)
-        bar = stack.enter_context(tqdm(total=(args.rounds + 1) * len(turns), unit="turn"))
-        for number in range(args.rounds + 1):  # in round 0 each sets its task up
+        turns = plan(options, folder, workers)
+        bar = stack.enter_context(tqdm(total=(options.rounds + 1) * len(turns), unit="turn"))
+        for number in range(options.rounds + 1):  # in round 0 each sets its task up
             for worker, task, labels in turns:
                 bar.set_postfix_str(f"round {number}: {labels['who']}, {labels['task']}, {task}")
-                seconds = {"seconds": args.seconds} if number else {}
-                answer = worker.ask(args.seconds + 3600, task=task, **seconds)
-                records.append({"round": number} | labels | answer)
+                seconds = {"seconds": options.seconds} if number else {}
+                records.append({"round": number} | labels | worker.ask(task=task, **seconds))
                 bar.update()
             if number:
-                write(complete(pd.DataFrame(records)), args)
-    print((args.out / f"{args.device}.md").read_text())
+                write(complete(pd.DataFrame(records)), options)
+    print((options.out / f"{options.device}.md").read_text())
 
 
 def complete(frame: pd.DataFrame) -> pd.DataFrame:
@@ -254,145 +204,73 @@ def rates(frame: pd.DataFrame, *key: str) -> pd.Series:
     return frame[mine].set_index("round").rate.astype(float)
 
 
-def spread(values: pd.Series, unit: str = "") -> list[str]:
+def spread(values: pd.Series, unit: str = "") -> dict:
     """Median and range of what was measured, as two cells."""
     numbers = values.median(), values.min(), values.max()
     cells = [f"{x:,.0f}{unit}" if abs(x) >= 100 or unit else f"{x:.3g}" for x in numbers]
-    return [cells[0], f"{cells[1]} to {cells[2]}"] if len(values) else ["", ""]
+    told = (cells[0], f"{cells[1]} to {cells[2]}") if len(values) else ("", "")
+    return dict(zip(("median", "range"), told, strict=True))
 
 
 def tables(frame: pd.DataFrame) -> str:
     """Two tables in Markdown: rates, with ours over the others' round by round; and shares."""
-    lines = [["per second", "task", "who", "median", "range", "ours over it", "range", "start, s"]]
-    shares = [["share", "task", "median", "range"]]
+    lines, shares = [], []
     for (kind, task, who), part in frame.groupby(LABELS, sort=False):
         measured, ours = (rates(frame, kind, task, name) for name in (who, "ours"))
-        ratio = (ours / measured).dropna() if who != "ours" else pd.Series(dtype=float)
-        failed, began = part.error.dropna(), part[part["round"] == 0].seconds.dropna()
-        named = {who, *part.version.dropna()} - {who} if who not in ("ours", PRODUCTS) else ()
-        cells = [*spread(measured), *spread(ratio), *(f"{x:.0f}" for x in began[:1])]
-        cells = [*cells[:4], failed.iloc[0]] if len(failed) else cells
-        lines.append([KINDS[kind], task, " ".join([who, *map(str, named)]), *cells])
+        ratio = (ours / measured).dropna() if who != "ours" else measured[:0]
+        named = part.version.dropna().unique() if who not in ("ours", PRODUCTS) else ()
+        failed, start = part.error.dropna(), part[part["round"] == 0].seconds
+        over = dict(zip(("ours over it", "its range"), spread(ratio).values(), strict=True))
+        if len(failed):
+            over["ours over it"] = failed.iloc[0]
+        line = {"per second": KINDS[kind], "task": task, "who": " ".join([who, *named])}
+        lines.append(line | spread(measured) | over | {"start, s": start.max()})
         if who == PRODUCTS and len(ratio):
-            one, speed = part.gflop.iloc[0], spread(measured * part.gflop.iloc[0])[0]
+            one, speed = part.gflop.iloc[0], spread(measured * part.gflop.iloc[0])["median"]
             name = f"{KINDS[kind]}, {one:.2f} GFLOP each, of {speed} GFLOP/s that products reach"
-            shares.append([name, task, *spread(100 * ratio, " %")])
-        part = part[part["round"] > 0]
-        if part.sac_seconds.notna().any():
-            spans = {"SAC and model updates": "model", "SAC updates and fits": "fit"}
-            for what, spent in spans.items():
-                rest = 1 - part.sac_seconds.add(part[f"{spent}_seconds"]) / part.seconds
-                name = f"time of a step besides {what}"
-                shares.append([name, task, *spread(100 * rest.dropna(), " %")])
-    blocks = []
-    for rows, names in ((lines, 3), (shares, 2))[: 1 + (len(shares) > 1)]:
-        rows.insert(1, ["---"] * names + ["---:"] * (len(rows[0]) - names))
-        padded = [[*row, *[""] * (len(rows[0]) - len(row))] for row in rows]
-        blocks.append("\n".join(f"| {' | '.join(row)} |" for row in padded))
-    return "\n\n".join(blocks)
+            shares.append({"share": name, "task": task} | spread(100 * ratio, " %"))
+    for script, part in frame[(frame.kind == "steps") & (frame.who == "ours")].groupby("task"):
+        part, spent = part[part["round"] > 0].set_index("round"), 0
+        for kind in ("sac", "model"):
+            spent += part[f"{kind}_updates"] / rates(frame, kind, ENVS[0], "ours")
+        if len(rest := (1 - spent / part.seconds).dropna()):
+            name = "time of a step besides SAC and model updates"
+            shares.append({"share": name, "task": script} | spread(100 * rest, " %"))
+    return "\n\n".join(markdown(pd.DataFrame(rows)) for rows in (lines, shares) if rows)
 
 
 def draw(frame: pd.DataFrame, title: str, path: Path) -> None:
     """A bar for each rate, as high as the median, with its range."""
-    kinds = [kind for kind in KINDS if kind in set(frame.kind) - {"env"}]
-    names = list(dict.fromkeys(frame.who))
-    size = {"figsize": (5 * len(kinds), 4), "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(kinds), **size)
-    for kind, axis in zip(kinds, axes[0], strict=True):
-        part = frame[(frame.kind == kind) & frame.rate.notna()]
-        middle, low, high = (
-            part.pivot_table("rate", "task", "who", aggfunc=function, sort=False)
-            for function in ("median", "min", "max")
-        )
-        error = np.stack([middle - low, high - middle]).transpose(2, 0, 1)  # [who, 2, tasks]
-        style = {"rot": 20 if kind == "steps" else 0, "xlabel": "", "capsize": 2}
-        style |= {"color": [f"C{names.index(name)}" for name in middle]}
-        middle.plot.bar(ax=axis, yerr=error, title=f"{KINDS[kind]} per second", **style)
-        axis.margins(y=0.35)  # room for the legend
-        axis.legend(fontsize="small", loc="upper right")
-    figure.suptitle(title)
-    figure.savefig(path)
-    plt.close(figure)
+    bars = {"kind": "bar", "x": "task", "y": "rate", "hue": "who", "col": "kind"}
+    bars |= {"estimator": "median", "errorbar": ("pi", 100), "sharex": False, "sharey": False}
+    grid = sns.catplot(frame[(frame.kind != "env") & frame.rate.notna()], **bars)
+    for kind, axis in grid.axes_dict.items():
+        axis.set(title=f"{KINDS[kind]} per second", xlabel="", ylabel="")
+        axis.tick_params("x", rotation=20 if kind == "steps" else 0)
+    grid.figure.suptitle(title, y=1.02)
+    grid.savefig(path)
+    plt.close(grid.figure)
 
 
-def write(frame: pd.DataFrame, args) -> None:
+def write(frame: pd.DataFrame, options: Options) -> None:
     """Writes CSV, table and chart, each in one step."""
-    import ours
-    import torch
-
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    if args.device == "cpu" and (told := Path("/proc/cpuinfo")).exists():
+    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
+    if options.device == "cpu" and (told := Path("/proc/cpuinfo")).exists():
         device = re.search(r"model name\s*: (.*)|$", told.read_text())[1] or device
-    title = f"{device}, {args.threads} thread{'s' * (args.threads > 1)}, torch {torch.__version__}"
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    title = f"{device}, {threads}, torch {torch.__version__}"
     if preloaded := os.environ.get("LD_PRELOAD"):
         title += f", {Path(preloaded).name} preloaded"
-    rounds = f"{frame['round'].max()} rounds of {args.seconds:g} s each"
-    text = f"**{title}**, {rounds}\n\n{tables(frame)}\n\n"
-    text += NOTES.format(ours.FIT_UPDATES, ours.FIT_EVERY)
+    text = f"**{title}**, {frame['round'].max()} rounds of {options.seconds:g} s each"
     for suffix, save in {
         "csv": lambda path: frame.to_csv(path, index=False, float_format="%.6g"),
-        "md": lambda path: path.write_text(text),
+        "md": lambda path: path.write_text(f"{text}\n\n{tables(frame)}\n\n{NOTES}"),
         "png": lambda path: draw(frame, title, path),
     }.items():
-        temporary = args.out / f".{args.device}.{suffix}"
+        temporary = options.out / f".{options.device}.{suffix}"
         save(temporary)
-        temporary.replace(args.out / f"{args.device}.{suffix}")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the command line."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
-
-
-def parse(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line; bad input is one line and exit code 2."""
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
-    parser, kinds, peers = Parser(description=__doc__, **layout), [*KINDS], [*all_peers("cuda")]
-    kinds.remove("env")
-    add, results = parser.add_argument, ROOT / "benchmarks" / "results" / "throughput"
-    cache = Path.home() / ".cache" / "mbrl-peers"
-    add("--rounds", type=int, default=7, help="rounds, in each of which all have a turn (7)")
-    add("--seconds", type=float, default=3, help="seconds of a turn at least (3)")
-    add("--threads", type=int, default=2, help="CPU cores and threads of each contender (2)")
-    add("--only", nargs="+", choices=kinds, default=kinds, help="what is measured (everything)")
-    add("--peers", nargs="*", choices=peers, default=peers, help="beside whom (all)")
-    add("--device", choices=["cpu", "cuda"], help="cpu or cuda (cuda where there is one)")
-    add("--out", type=Path, default=results, help="folder (benchmarks/results/throughput)")
-    add("--cache", type=Path, default=cache, help="folder of peers (~/.cache/mbrl-peers)")
-    add("--here", action="store_true", help="peers in this Python: for machines without a network")
-    args = parser.parse_args(words)
-    import torch
-
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is none here; take --device cpu")
-    if not 1 <= args.threads <= cores:
-        parser.error(f"--threads must be from 1 to {cores}, the cores there are")
-    if args.rounds < 1 or not 0 < args.seconds < 3600:
-        parser.error("--rounds must be at least 1, and --seconds above 0 and under 3600")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error.strerror}")
-    return args
-
-
-def main() -> None:
-    """Measures what the command line asks for."""
-    warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
-    args = parse()
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(args.threads)
-    if hasattr(os, "sched_setaffinity"):  # all contenders get these cores, whatever they use
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    try:
-        measure(args)
-    except (KeyboardInterrupt, OSError) as error:
-        sys.exit(f"error: {error or 'interrupted'}")
+        temporary.replace(options.out / f"{options.device}.{suffix}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(measure, Options, __doc__)

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import torch
 from mbrl.algorithms.mbpo import rollout_model_and_populate_sac_buffer
@@ -12,14 +11,11 @@ from mbrl.planning.sac_wrapper import SACAgent
 from mbrl.third_party.pytorch_sac_pranz24.sac import SAC
 from mbrl.util import ReplayBuffer
 from mbrl.util.replay_buffer import BootstrapIterator
-from serve import BATCH, FILLED, UPDATES, serve, setting
+from peers.serve import BATCH, FILLED, UPDATES, Sized, serve, setting
 
 SETTING = setting()
 OBS, ACTION, DEVICE = SETTING["obs"], SETTING["action"], torch.device(SETTING["device"])
-SPACES = SimpleNamespace(
-    observation_space=gym.spaces.Box(-np.inf, np.inf, (OBS,), np.float32),
-    action_space=gym.spaces.Box(-1, 1, (ACTION,), np.float32),
-)
+SPACES = Sized(OBS, ACTION)
 
 
 def filled(rows: int) -> ReplayBuffer:
@@ -86,5 +82,4 @@ def rollout():
     return once
 
 
-wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
-serve({"sac": sac, "model": model, "rollout": rollout}, "mbrl", wait)
+serve({"sac": sac, "model": model, "rollout": rollout}, "mbrl")

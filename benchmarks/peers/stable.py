@@ -3,9 +3,8 @@
 import os
 from importlib import import_module
 
-import gymnasium as gym
 import numpy as np
-from serve import BATCH, FILLED, UPDATES, serve, setting
+from peers.serve import BATCH, FILLED, UPDATES, Sized, serve, setting
 from stable_baselines3.common.logger import configure
 
 SETTING = setting()
@@ -14,18 +13,12 @@ os.environ["JAX_PLATFORMS"] = SETTING["device"]
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or JAX takes most of a GPU's memory
 
 
-class Sized(gym.Env):
-    """An environment of the sizes asked for, which is never stepped."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (SETTING["obs"],), np.float32)
-    action_space = gym.spaces.Box(-1, 1, (SETTING["action"],), np.float32)
-
-
 def sac():
     """20 updates, as one call of train() with a filled buffer; two hidden layers of 256."""
     device = SETTING["device"] if PACKAGE == "stable_baselines3" else "cpu"  # where torch is
     sizes = {"policy_kwargs": {"net_arch": [256, 256]}, "buffer_size": FILLED}
-    agent = import_module(PACKAGE).SAC("MlpPolicy", Sized(), device=device, **sizes)
+    env = Sized(SETTING["obs"], SETTING["action"])
+    agent = import_module(PACKAGE).SAC("MlpPolicy", env, device=device, **sizes)
     agent.set_logger(configure(None, []))
     buffer, random = agent.replay_buffer, np.random.default_rng(0)
     for array in (buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards):
