@@ -98,14 +98,14 @@ class ManySeeds:
             args = replace(self.args, seed=seed)
             self.script.check_args(args)
             folder = self.script.run_folder(args)
-            if folder.is_dir() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-                raise InputError(f"{folder} holds a run: --resume goes on, --overwrite discards it")
+            if folder.is_dir() and any(folder.iterdir()) and not args.resume:
+                raise InputError(f"{folder} holds a run: --resume goes on, or remove it")
 
     def train(self) -> None:
         """Trains all, to the end of the last; raises what stops them all."""
         self.check()
         script, self.in_place = self.script, self.script.in_place
-        setup_torch, write_file = script.setup_torch, script.write_file
+        setup_torch, write = script.setup_torch, script.write_checkpoint
         own = partial(tree_map_only, Tensor, torch.clone)  # without others' share of the memory
 
         def setup_once(args, device: torch.device) -> Callable:
@@ -115,7 +115,7 @@ class ManySeeds:
 
         hooks = {
             "setup_torch": setup_once,
-            "write_file": lambda path, content: write_file(path, own(content)),
+            "write_checkpoint": lambda file, state: write(file, own(state)),
             "in_place": self.call,
             "model_step": partial(self.call, getattr(script, "model_step", None)),
             "print": lambda *said, **to: print(f"{self.name()}:", *said, **to),

@@ -135,7 +135,8 @@ def read(file: Path, **types: type) -> pd.DataFrame:
 def write(table: pd.DataFrame, order: list[str], file: Path) -> None:
     """Replaces a CSV file by the sorted table, in one step."""
     text = table.sort_values(order, kind="stable").to_csv(index=False, float_format="%.6g")
-    mbrl.write_file(file, text.encode())
+    file.with_suffix(".tmp").write_text(text)
+    file.with_suffix(".tmp").replace(file)
 
 
 def refuse_others(held: pd.DataFrame, options: Options) -> None:

@@ -399,12 +399,12 @@ def record(folders: tuple[Path, ...], results: Path) -> None:
             raise InputError(f"{folder} is at step {last:,} of {end:,}: --resume it to its end")
         target = results / folder.resolve().name
         if target.exists():
-            held, free = read_run(target)[0], {"run_root", "resume", "overwrite", "source"}
+            held, free = read_run(target)[0], {"run_root", "resume", "source"}
             for name in sorted((held.keys() & args.keys()) - free):
                 if held[name] != args[name]:
                     change = f"{name} {held[name]}, not {args[name]}"
                     raise InputError(f"{target} holds a run with {change}: remove it to replace it")
-        runs[target] = folder, args | origin(args["script"], args["source"]), scalars
+        runs[target] = folder, args | origin(args["script"], args.get("source", "")), scalars
     for target, (folder, args, scalars) in runs.items():
         target.mkdir(parents=True, exist_ok=True)
         (target / "args.json").write_text(json.dumps(args, indent=2) + "\n")

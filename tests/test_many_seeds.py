@@ -197,7 +197,7 @@ def test_one_folder_that_is_refused_stops_all_before_they_start(together, tmp_pa
     before = listing(tmp_path)
     code, _, err = run_many(ROOT / "sac.py", *flags(settings("sac", tmp_path)), *seeds())
     assert code == 2
-    assert "--overwrite discards" in one_error(err)
+    assert "--resume goes on" in one_error(err)
     assert listing(tmp_path) == before
 
 

@@ -165,7 +165,7 @@ def test_the_grids_are_those_of_the_recorded_runs():
     grids = (ROOT / "benchmarks" / "grids").glob("*.toml")
     runs = [run for grid in grids for run in sweep.read_grid(sweep.Options(grid))]
     assert len(runs) == 15
-    free = {"resume", "overwrite", "checkpoint_frequency", "device", "compile"}
+    free = {"resume", "checkpoint_frequency", "device", "compile"}
     for file in (ROOT / "benchmarks" / "results").glob("*__*__*/args.json"):
         held = json.loads(file.read_text())
         asked = [json.loads(x.settings) for x in runs if x.folder.name == file.parent.name]
