@@ -154,7 +154,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
                 env = gym.wrappers.FlattenObservation(env)
             actions, states = env.action_space, env.observation_space
             boxes = isinstance(actions, gym.spaces.Box) and isinstance(states, gym.spaces.Box)
-            if not (boxes and actions.is_bounded() and len(states.shape) == 1):
+            if not (boxes and actions.high.max() < 1e9 and len(states.shape) == 1):
                 raise InputError(f"needs bounded Box actions, Box vectors; not {actions}, {states}")
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
             _, _ = env.reset(seed=0)  # a fault is better found now than in the run
@@ -204,7 +204,7 @@ def termination_function(args: Args):
 def check_termination(terminates, args: Args, step: int, obs, action, next_obs, terminated) -> None:
     """Raises InputError if a real transition, in its own float64, ends unlike `terminates` says."""
     if terminated != bool(terminates(*map(torch.as_tensor, (obs, action, next_obs)))):
-        raise InputError(f"step {step}: terminated is {terminated}, HEALTHY differs at {next_obs}")
+        raise InputError(f"{args.env_id} {step=} {terminated=} against HEALTHY, --never-terminates")
 
 
 # --- Replay ---------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def make_env(env_id: str, render: bool = False) -> gym.Env:
                 env = gym.wrappers.FlattenObservation(env)
             actions, states = env.action_space, env.observation_space
             boxes = isinstance(actions, gym.spaces.Box) and isinstance(states, gym.spaces.Box)
-            if not (boxes and actions.is_bounded() and len(states.shape) == 1):
+            if not (boxes and actions.high.max() < 1e9 and len(states.shape) == 1):
                 raise InputError(f"needs bounded Box actions, Box vectors; not {actions}, {states}")
             env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
             _, _ = env.reset(seed=0)  # a fault is better found now than in the run

@@ -197,7 +197,7 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     given = ["--run-root", str(root), "--resume", *given]
     args = parse(script.Args, "", given)
     # Jobs of a cluster may have what this machine lacks.
-    script.check_args(args if local else replace(args, device="auto", capture_video=False))
+    script.check_args(args if local else replace(args, device="cpu", capture_video=False))
     check_task(script, args.env_id, getattr(args, "never_terminates", False))
     settings = {"script": Path(name).name} | asdict(args)
     del settings["run_root"]  # what is done may be moved

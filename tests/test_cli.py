@@ -574,7 +574,7 @@ def test_progress_on_stdout(script, main, tmp_path):
 
 def test_progress_between_evaluations(main):
     """Every 1,000 steps there is a line, so that nobody waits for long."""
-    changes = {"total_timesteps": 2000, "learning_starts": 1990, "eval_frequency": 0}
+    changes = {"total_timesteps": 2000, "learning_starts": 990, "eval_frequency": 0}
     code, out, _ = main(sac, flags(small("sac", **changes)))
     steps = {int(step) for step in re.findall(r"^step +(\d+)\b", out, re.MULTILINE)}
     assert code == 0

@@ -90,7 +90,7 @@ class Cut(BaseException):
     """The power goes."""
 
 
-@pytest.mark.parametrize(("diff", "script"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("diff", "script"), PAIRS)
 def test_a_variant_trains_and_resumes(diff, script, patched, tmp_path, monkeypatch):
     """It applies exactly, changes at most 40 lines, and a run cut off ends like a whole one."""
     assert 1 <= diffs.changed_lines(ROOT / f"benchmarks/diffs/{diff}.diff") <= 40
