@@ -204,8 +204,29 @@ def table_needed(fits: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("-")
 
 
+def summary_needed(fits: pd.DataFrame) -> str:
+    """For the README: when predicting s' is as good as predicting s' - s, and when better."""
+    lines = []
+    for name, rows in named(fits[fits.lr == "0.001"]).groupby("name"):
+        line = {"data": name}
+        for metric, part in PARTS.items():
+            errors = rows.pivot_table(metric, "updates", "cell")
+            factor = (errors["normalized direct"] / errors[RESIDUAL]).dropna()
+            reached, better = factor.index[factor <= 1.1], factor.index[factor < 0.9]
+            words = [f"{min(x):,}" if len(x) else "never" for x in (reached, better)]
+            line[part] = f"{' / '.join(words)} ({factor.iloc[-1]:.2f})"
+        lines.append(line | {"seeds": rows.seed.nunique()})
+    return (
+        "Updates until the sampled error of predicting s' is at most 10 % above that of predicting "
+        "s' - s, both at unit scale /\nuntil it is more than 10 % below (in brackets: the ratio at "
+        f"{fits.updates.max():,}). Slow: Var(s' - s) < 0.1 Var(s).\n\n"
+        + markdown(pd.DataFrame(lines))
+        + "\n"
+    )
+
+
 def present_needed(fits: pd.DataFrame, out: Path) -> None:
-    """Writes needed.md, and the pictures: needed.png at the scripts' step size of 1e-3."""
+    """Writes needed.md, summary.md and the pictures: needed.png at the scripts' step size, 1e-3."""
     blocks = []
     for lr, rows in fits[fits.updates > 0].groupby("lr"):
         blocks += [
@@ -221,3 +242,4 @@ def present_needed(fits: pd.DataFrame, out: Path) -> None:
         file = out / ("needed.png" if lr == "0.001" else f"needed_lr_{lr}.png")
         draw_errors(rows, PARTS, file, row="error of", col="name")
     (out / "needed.md").write_text("\n\n".join([*blocks, ""]))
+    (out / "summary.md").write_text(summary_needed(fits[fits.updates > 0]))

@@ -39,6 +39,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("Agg")  # figures without a display
 GOALS = {"dmc/walker-run": 50, "Hopper-v5": 500}  # returns to reach, within the first curves
 PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
+FIRST = "dmc/walker-run", "dmc/quadruped-walk"  # tasks on the README's first screen
+OTHER_CODE = "† Some of these runs were made by other code than that of today's script."
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/reward_error": ("reward error / variance", "log"),
@@ -220,7 +222,30 @@ def tables(data: pd.DataFrame) -> str:
     """A table for every task, and what their sign of other code means."""
     made = [table(task, rows) for task, rows in data.groupby("task")]
     if data.run.str.endswith("†").any():
-        made.append("† Some of these runs were made by other code than that of today's script.")
+        made.append(OTHER_CODE)
+    return "\n\n".join(made)
+
+
+def summary(data: pd.DataFrame, link: str) -> str:
+    """The README's first screen: FIRST's curves, and a short table of returns at PAIR's end."""
+    first = data[data.task.isin(FIRST)]
+    made = [f"![Mean return by environment step]({link}/first.png)"]
+    for task, rows in first.groupby("task"):
+        ends = rows[(rows.tag == "return") & rows.run.str.startswith(PAIR)]
+        step = ends.groupby("run").step.max().min()
+        returns, biases = (curves_of(rows[rows.tag == x]) for x in ("return", "eval/critic_bias"))
+        lines = []
+        for title, curves in returns.items():
+            if step in curves.index:
+                known = biases.get(title, curves[:0])
+                line = {f"{task} at step {step:,}": title, "seeds": curves.shape[1]}
+                line["mean return [95 % interval]"] = cell(curves, step)
+                lines.append(
+                    line | {"critic bias": cell(known, step) if step in known.index else ""}
+                )
+        made += [markdown(pd.DataFrame(lines)), *(line.strip() for line in paired(returns))]
+    if first.run.str.endswith("†").any():
+        made.append(OTHER_CODE)
     return "\n\n".join(made)
 
 
@@ -259,7 +284,10 @@ def figures_of(data: pd.DataFrame) -> dict:
     """What is drawn, {name: (function, rows)}; of training, the tasks with runs to compare."""
     scalars = data[data.tag != "return"]
     scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
-    figures = {"curves": (draw_curves, data[data.tag == "return"])}
+    returns = data[data.tag == "return"]
+    figures = {"curves": (draw_curves, returns)}
+    if returns.task.isin(FIRST).any():
+        figures["first"] = draw_curves, returns[returns.task.isin(FIRST)]
     return figures | ({"training": (draw_training, scalars)} if len(scalars) else {})
 
 
@@ -280,22 +308,19 @@ def drawn_from(path: Path) -> str | None:
 
 
 def timing_text() -> str:
-    """What the README's two commands take, as benchmarks/time_readme.py measured it."""
-    path = ROOT / "benchmarks" / "results" / "readme_commands.json"
-    if not path.exists():
+    """What the README's commands take, as benchmarks/time_readme.py measured it."""
+    took = json.loads((RESULTS / "readme_commands.json").read_text())
+    if "learn_seconds" not in took:
         return "Not timed yet."
-    took = json.loads(path.read_text())
-    tests = "The second has not been timed yet"
-    if "test_seconds" in took:
-        minutes = took["test_seconds"] / 60
-        tests = f"The second runs\n{took['tests_passed']} tests in {minutes:.0f} minutes"
+    minutes = {name: f"{value / 60:.0f}" for name, value in took.items() if "seconds" in name}
     return f"""\
-On {took["cores"]} CPU cores, with Python {took["python"]} and a near package mirror, the first
-installs in {took["install_seconds"] / 60:.1f} minutes, prints a return of
-{took["untrained_return"]:.2f} for the untrained policy at once, and reaches the evaluation at step
-10,000, after the random steps and the first fit, in {took["first_fit_seconds"] / 60:.1f} minutes.
-All 500,000 steps are ten million updates: a job for a GPU, or for days. {tests}; in its tests
-each script must learn a real task."""
+On {took["cores"]} CPU cores the first command installs in {minutes["install_seconds"]} minutes,
+prints a return of {took["untrained_return"]:.0f} for the untrained policy at once, and reaches step
+10,000, after the random steps and the first fit, in {minutes["first_fit_seconds"]} minutes. All
+500,000 steps are ten million updates: a job for a GPU, or for days. The second runs
+{took["tests_passed"]} tests in {minutes["test_seconds"]} minutes; in them each script must learn a
+real task. The third takes {minutes["learn_seconds"]} minutes; its return rises from
+{took["learn_first"]:.0f} to {took["learn_best"]:.0f}, and 1,000 is a pole that never falls."""
 
 
 def included(name: str) -> str:
@@ -316,11 +341,19 @@ def cost_text() -> str:
     return markdown(pd.DataFrame(columns))
 
 
-def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
-    """The generated parts of README.md, by the name in their markers; figures are under `link`."""
+def diff_text() -> str:
+    """`diff mbpo.py mbpo_ftfl.py` without the hunks of the docstrings at the top."""
     options = {"cwd": ROOT, "capture_output": True, "text": True}
     lines = subprocess.run(["diff", "mbpo.py", "mbpo_ftfl.py"], **options).stdout
-    parts = {"diff": f"```diff\n{lines}```", "timing": timing_text(), "training": ""}
+    hunks = re.split(r"^(?=\d)", lines, flags=re.M)
+    top = (ROOT / "mbpo.py").read_text().split("\nimport")[0].count("\n")
+    shown = [hunk for hunk in hunks if hunk and int(re.match(r"\d+", hunk)[0]) > top]
+    return f"```diff\n{''.join(shown)}```"
+
+
+def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
+    """What the runs say, by the name in its markers; figures are under `link`."""
+    parts = {"training": ""}
     parts["results"] = f"""\
 ![Mean return by environment step, one panel per task]({link}/curves.png)
 
@@ -350,10 +383,12 @@ def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     speed = {"throughput": "cpu", "throughput-gpu": "cuda", "variants": "variants_cpu"}
     speed |= {"many-seeds": "many_seeds_cpu"}
     speed = {name: included(f"throughput/{file}.md") for name, file in speed.items()}
-    texts, fits = {}, {"mechanism": included("mechanism/summary.md")}
+    texts, fits = {}, {"mechanism": included("mechanism/summary.md"), "cost": cost_text()}
+    first = {"summary": summary(data, "benchmarks/results/figures"), "diff": diff_text()}
+    first |= {"timing": timing_text(), "needed": included("updates_needed/summary.md")}
     for path, parts in {
-        ROOT / "README.md": parts_of(data, "benchmarks/results/figures") | fits,
-        ROOT / "benchmarks" / "README.md": speed | {"cost": cost_text()},
+        ROOT / "README.md": first,
+        ROOT / "benchmarks" / "README.md": parts_of(data, "results/figures") | speed | fits,
     }.items():
         texts[path] = path.read_text()
         for name, part in parts.items():

@@ -1,10 +1,9 @@
-"""Times the README's two commands in a fresh clone and a fresh environment.
+"""Times the README's three commands in a fresh clone and a fresh environment.
 
-    python benchmarks/time_readme.py                 both; then: python benchmarks/report.py --write
-    python benchmarks/time_readme.py --skip-tests    the first alone
+    python benchmarks/time_readme.py && python benchmarks/report.py --write
 
-The training command is stopped after the evaluation at step 10,000, which follows the random steps
-and the first fit; the figures go to benchmarks/results/readme_commands.json.
+The first training command is stopped after the evaluation at step 10,000, which follows the random
+steps and the first fit; the figures go to benchmarks/results/readme_commands.json.
 """
 
 import json
@@ -23,7 +22,7 @@ from common import RESULTS, ROOT, run_tool
 
 @dataclass
 class Options:
-    skip_tests: bool = False  # time the first command alone
+    """There are none."""
 
 
 def timed(command: str, **place) -> tuple[float, str]:
@@ -36,8 +35,10 @@ def timed(command: str, **place) -> tuple[float, str]:
 
 
 def time_commands(options: Options) -> None:
-    """Times both commands and writes the figures."""
-    blocks = re.findall(r"```bash\n(pip install .*)\n```", (ROOT / "README.md").read_text())
+    """Times the commands and writes the figures."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^(pip install .* && .*)$", text, flags=re.M)
+    (learn,) = re.findall(r"```bash\n(python .*Pendulum[^`]*)```", text)
     (install, run), (install_tests, tests) = (block.split(" && ") for block in blocks[:2])
     figures = {"cores": os.cpu_count(), "python": platform.python_version()}
     with tempfile.TemporaryDirectory() as folder:
@@ -57,10 +58,12 @@ def time_commands(options: Options) -> None:
         process.wait()
         figures["untrained_return"] = float(rows[1].split(",")[1])
         figures["first_fit_seconds"] = float(rows[3].split(",")[6])
-        if not options.skip_tests:
-            timed(install_tests, **place)
-            figures["test_seconds"], output = timed(tests, **place)
-            figures["tests_passed"] = int(re.search(r"(\d+) passed", output)[1])
+        figures["learn_seconds"], output = timed(learn, **place)
+        returns = [float(x) for x in re.findall(r"return +(\S+)", output)]
+        figures |= {"learn_first": returns[0], "learn_best": max(returns)}
+        timed(install_tests, **place)
+        figures["test_seconds"], output = timed(tests, **place)
+        figures["tests_passed"] = int(re.search(r"(\d+) passed", output)[1])
     (RESULTS / "readme_commands.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
