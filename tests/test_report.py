@@ -214,8 +214,9 @@ def test_what_is_generated_follows_from_the_files(tree, monkeypatch):
     """
     for draw in ("draw_curves", "draw_training"):  # which takes seconds
         monkeypatch.setattr(report, draw, lambda rows: Figure())
-    results, readme = tree / "benchmarks/results", tree / "README.md"
-    curves, training = results / "figures/curves.png", results / "figures/training.png"
+    results, first = tree / "benchmarks/results", tree / "README.md"
+    readme = tree / "benchmarks/README.md"
+    curves, training, top = (results / f"figures/{x}.png" for x in ("curves", "training", "first"))
     assert main("--write", "--results", results)[0] == 0
     assert main("--check", "--results", results) == (0, "", "")
     text = readme.read_text()
@@ -224,18 +225,20 @@ def test_what_is_generated_follows_from_the_files(tree, monkeypatch):
     code, out, _ = main("--check", "--results", results)
     assert code == 1
     stale = [line.split(" is out of date")[0] for line in out.splitlines()]
-    assert stale == [str(readme), str(curves)]
+    assert stale == [str(first), str(readme), str(curves), str(top)]
     assert main("--write", "--results", results)[0] == 0
     assert "988" in readme.read_text()
-    current = readme.read_text()
-    for part in ("diff", "timing", "results", "training", "mechanism"):
-        readme.write_text(current.replace(f"<!-- /{part} -->", f"by hand\n<!-- /{part} -->"))
-        assert report.renew(results, write=True) == [readme]
-        assert readme.read_text() == current
-    readme.write_text(current.replace("<!-- /diff -->", ""))
+    parts = {first: ("summary", "diff", "timing", "needed"), readme: ("results", "mechanism")}
+    for file, part in [(file, part) for file, names in parts.items() for part in names]:
+        current = file.read_text()
+        file.write_text(current.replace(f"<!-- /{part} -->", f"by hand\n<!-- /{part} -->"))
+        assert report.renew(results, write=True) == [file]
+        assert file.read_text() == current
+    first.write_text(first.read_text().replace("<!-- /diff -->", ""))
     with pytest.raises(report.InputError, match="needs the markers <!-- diff -->"):
         report.renew(results, write=True)
-    readme.write_text(current)
+    shutil.copy(ROOT / "README.md", first)
+    report.renew(results, write=True)
     scalars = results / "dmc-walker-run__mbpo_ftfl__1" / "scalars.csv"
     scalars.write_text(scalars.read_text() + "20000,model/reward_error,0.5\n")
     assert report.renew(results, write=False) == [training]
