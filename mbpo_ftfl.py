@@ -6,7 +6,7 @@
 """FTFL: MBPO with the two repairs of "Fixing That Free Lunch", arXiv 2510.01457 (Barkley 2025).
 
 MBPO is Janner et al. 2019, "When to Trust Your Model", arXiv 1906.08253. An ensemble of E Gaussian
-networks, each on its own bootstrap sample of the real transitions, learns state and reward as one:
+networks, each on its own bootstrap sample of the real transitions, predicts next state and reward:
 
     model         p_e(y | s, a) = N(mu_e(x), diag sigma_e^2(x)),   x = (s, a) at unit scale
     loss          sum_e E[(mu_e - y)^2 / sigma_e^2 + log sigma_e^2], mean over dimensions
@@ -17,7 +17,7 @@ networks, each on its own bootstrap sample of the real transitions, learns state
 
 Run: python mbpo_ftfl.py --env-id dmc/walker-run --seed 3
 Differs from mbpo.py in: targets at unit scale, and s' predicted where MBPO predicts s' - s.
-Defaults: MBPO arXiv 1906.08253, SAC 1812.05905, J github.com/jannerm/mbpo, S CLeARoboticsLab/STFL.
+Sources: MBPO arXiv 1906.08253, SAC 1812.05905, J github.com/jannerm/mbpo, S CLeARoboticsLab/STFL.
 """
 
 import difflib
@@ -63,10 +63,10 @@ class Args:
     model_train_frequency: int = 250  # environment steps between fits (J, S)
     model_first_updates: int = 10_000  # gradient steps of the first fit (README; S: 5,000)
     model_updates: int = 500  # gradient steps of every later fit (README; S: 5,000)
-    model_patience: int | None = None  # stop after more epochs with no member 1 % better (J: 5)
+    model_patience: int | None = None  # else fits end after more epochs without a 1 % gain (J: 5)
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
-    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # START END FROM TO of horizons (J)
+    rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # steps START END, horizons FROM TO
     real_ratio: float = 0.05  # share of real transitions in a SAC batch, rounded down (MBPO; J, S)
     never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
@@ -177,7 +177,7 @@ def check_finite(step: int, **quantities) -> None:
             raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
 
 
-HEALTHY = {  # by Gymnasium task: does the episode go on? Of s [S, ...], a [A, ...], s' = n [S, ...]
+HEALTHY = {  # by Gymnasium task: true while it goes on, of s [S, ...], a [A, ...], s' = n [S, ...]
     "Hopper": lambda s, a, n: (n[0] > 0.7) & (n[1].abs() < 0.2) & (n[1:].abs() < 100).all(0),
     "Walker2d": lambda s, a, n: (n[0] > 0.8) & (n[0] < 2) & (n[1].abs() < 1),
     "Ant": lambda s, a, n: (n[0] >= 0.2) & (n[0] <= 1) & n.isfinite().all(0),
@@ -235,7 +235,7 @@ class ReplayBuffer:
         self.added += len(rows)
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
-        """Rows [*shape, 2S + A + 2], drawn uniformly; `draw` is torch.rand*'s generator, device."""
+        """Rows [*shape, 2S + A + 2], drawn uniformly; `draw`: keywords generator, device."""
         return F.embedding(torch.randint(len(self), shape, **draw), self.rows)  # fast indexing
 
     def unpack(self, rows: Tensor) -> Batch:
@@ -424,8 +424,8 @@ def fit_ensemble(learner: dict, data: Batch, updates: int, update, net, args, dr
 def stop_early(learner: dict, learn, holdout_error, epoch: int, patience: int) -> tuple:
     """Learns until more than `patience` epochs in a row improve no member's error by 1 % (J).
 
-    Each member then goes back to its weights after its own best epoch; bounds and Adam's moments
-    stay. Returns the last loss and the number of gradient steps kept, the mean over members.
+    Each member then goes back to its weights after its own best epoch, but not the bounds, nor
+    Adam's moments. Returns the last loss and the gradient steps kept, the mean over members.
     """
     weights = {name: p for name, p in learner["params"].items() if "log_var" not in name}
     best = {name: p.clone() for name, p in weights.items()}
@@ -487,7 +487,7 @@ def model_step(model: dict, actor: dict, obs: Tensor, choice: Tensor, noise, net
     inputs = normalize(torch.cat([obs, action], -1), model["scaler"]["inputs"])
     params = model["learner"]["params"]
     elites = {name: p if "log_var" in name else p[model["elites"]] for name, p in params.items()}
-    mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1] of K
+    mean, log_var = functional_call(nets["ensemble"], elites, (inputs,))  # [K, B, S + 1], K elites
     branch = torch.arange(len(obs), device=obs.device)
     y = mean[choice, branch] + (log_var[choice, branch] / 2).exp() * noise[1]
     m, d = model["scaler"]["targets"]
@@ -585,7 +585,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
 
 
 def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpack) -> tuple:
-    """Returns of deterministic episodes, the bias. Uses no random number of training's."""
+    """Returns of deterministic episodes, the bias. Training's random numbers stay as they are."""
     actor, device = agent["actor"]["params"], agent["actor"]["t"].device
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 1, step))
     returns, biases = [], []
@@ -669,9 +669,9 @@ def open_run(args: Args, settings: dict) -> Path:
 def setup_torch(args: Args, device: torch.device):
     """torch.compile as the updates use it; sets how products of float32 are computed."""
     torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
-    torch.set_float32_matmul_precision("medium")  # on an AMD CPU oneDNN, much faster than MKL: is
-    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # it exact? TF32 and bfloat16 are
-    if (probe @ probe).amin() < 256.1:  # not, they round this to 1
+    torch.set_float32_matmul_precision("medium")  # so an AMD CPU uses oneDNN, much faster than MKL
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
+    if (probe @ probe).amin() < 256.1:  # such products are not exact
         torch.set_float32_matmul_precision("highest")
     return partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
 
@@ -724,10 +724,10 @@ def train(args: Args) -> dict:
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
     writer.add_text("hyperparameters", f"```\n{json.dumps(settings, indent=2)}\n```", start)
     step, checkpointed, over, metrics = start, start, True, {}
-    began, learned = time.perf_counter() - seconds, None  # time left: from the first updates on
+    began, learned = time.perf_counter() - seconds, None  # speed: from the first updates on
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
-        if step > 0:
+        if step > 0:  # step 0 only evaluates
             if over:  # each is seeded, so that a run can be taken up at an episode's start
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
                 episode, episode_return, length = episode + 1, 0.0, 0

@@ -14,7 +14,7 @@ A policy pi(a | s) maximizes the discounted return plus the entropy bonus alpha 
     temperature   J(alpha) = alpha (E[-log pi(a | s)] - target entropy)                   (eq. 18)
 
 Run: python sac.py --env-id dmc/walker-run --seed 3; `--updates-per-step 20` is MBPO without model.
-Defaults: SAC arXiv 1812.05905, J github.com/jannerm/mbpo, S github.com/CLeARoboticsLab/STFL.
+Sources: SAC arXiv 1812.05905, J github.com/jannerm/mbpo, S github.com/CLeARoboticsLab/STFL.
 """
 
 import difflib
@@ -183,7 +183,7 @@ class ReplayBuffer:
         self.added += len(rows)
 
     def sample(self, *shape: int, draw: dict) -> Tensor:
-        """Rows [*shape, 2S + A + 2], drawn uniformly; `draw` is torch.rand*'s generator, device."""
+        """Rows [*shape, 2S + A + 2], drawn uniformly; `draw`: keywords generator, device."""
         return F.embedding(torch.randint(len(self), shape, **draw), self.rows)  # fast indexing
 
     def unpack(self, rows: Tensor) -> Batch:
@@ -322,7 +322,7 @@ def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Te
 
 
 def evaluate(env: gym.Env, agent: dict, nets: dict, args: Args, step: int, unpack) -> tuple:
-    """Returns of deterministic episodes, the bias. Uses no random number of training's."""
+    """Returns of deterministic episodes, the bias. Training's random numbers stay as they are."""
     actor, device = agent["actor"]["params"], agent["actor"]["t"].device
     generator = torch.Generator(device).manual_seed(derive_seed(args.seed, 1, step))
     returns, biases = [], []
@@ -406,9 +406,9 @@ def open_run(args: Args, settings: dict) -> Path:
 def setup_torch(args: Args, device: torch.device):
     """torch.compile as the updates use it; sets how products of float32 are computed."""
     torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
-    torch.set_float32_matmul_precision("medium")  # on an AMD CPU oneDNN, much faster than MKL: is
-    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # it exact? TF32 and bfloat16 are
-    if (probe @ probe).amin() < 256.1:  # not, they round this to 1
+    torch.set_float32_matmul_precision("medium")  # so an AMD CPU uses oneDNN, much faster than MKL
+    probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
+    if (probe @ probe).amin() < 256.1:  # such products are not exact
         torch.set_float32_matmul_precision("highest")
     return partial(torch.compile, fullgraph=True, dynamic=False, disable=not args.compile)
 
@@ -447,10 +447,10 @@ def train(args: Args) -> dict:
     writer = SummaryWriter(run_dir, purge_step=start + 1 if saved else 0)
     writer.add_text("hyperparameters", f"```\n{json.dumps(settings, indent=2)}\n```", start)
     step, checkpointed, over, metrics = start, start, True, {}
-    began, learned = time.perf_counter() - seconds, None  # time left: from the first updates on
+    began, learned = time.perf_counter() - seconds, None  # speed: from the first updates on
 
     for step in range(start + 1 if saved else 0, args.total_timesteps + 1):
-        if step > 0:
+        if step > 0:  # step 0 only evaluates
             if over:  # each is seeded, so that a run can be taken up at an episode's start
                 obs, _ = env.reset(seed=derive_seed(args.seed, 0, episode))
                 episode, episode_return, length = episode + 1, 0.0, 0

@@ -3,11 +3,13 @@
     patch -o mbpo_ftfl_ridge.py mbpo_ftfl.py benchmarks/diffs/ridge.diff
     python benchmarks/diffs.py           prints the table, made from the files
     python benchmarks/diffs.py --write   renews it in benchmarks/README.md
+    python benchmarks/diffs.py --make    writes all patched scripts into build/, for sweep.py
 
 What `patch` makes is again one self-contained script, with all the flags of the other one and its
 own name for the run folder.
 """
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -52,5 +54,11 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         before, _, rest = README.read_text().partition(MARKS[0])
         README.write_text(before + MARKS[0] + made + MARKS[1] + rest.partition(MARKS[1])[2])
+    elif sys.argv[1:] == ["--make"]:
+        (ROOT / "build").mkdir(exist_ok=True)
+        for diff, script in itertools.product(DIFFS, SCRIPTS):
+            out = ROOT / "build" / f"{script}_{diff.stem}.py"
+            if not apply(diff, script, out):
+                out.unlink()
     else:
         print(made, end="")
