@@ -23,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -312,15 +313,17 @@ def timing_text() -> str:
     took = json.loads((RESULTS / "readme_commands.json").read_text())
     if "learn_seconds" not in took:
         return "Not timed yet."
-    minutes = {name: f"{value / 60:.0f}" for name, value in took.items() if "seconds" in name}
-    return f"""\
-On {took["cores"]} CPU cores the first command installs in {minutes["install_seconds"]} minutes,
-prints a return of {took["untrained_return"]:.0f} for the untrained policy at once, and reaches step
-10,000, after the random steps and the first fit, in {minutes["first_fit_seconds"]} minutes. All
-500,000 steps are ten million updates: a job for a GPU, or for days. The second runs
-{took["tests_passed"]} tests in {minutes["test_seconds"]} minutes; in them each script must learn a
-real task. The third takes {minutes["learn_seconds"]} minutes; its return rises from
-{took["learn_first"]:.0f} to {took["learn_best"]:.0f}, and 1,000 is a pole that never falls."""
+    install, fit, tests, learn = (
+        f"{took[f'{name}_seconds'] / 60:.0f}" for name in ("install", "first_fit", "test", "learn")
+    )
+    text = f"""\
+On {took["cores"]} CPU cores the first command installs in {install} minutes, prints a return of
+{took["untrained_return"]:.0f} for the untrained policy, and reaches step 10,000, after the first
+fit, in {fit} minutes; all 500,000 steps are a job for a GPU, or for days. The second runs
+{took["tests_passed"]} tests in {tests} minutes; in them each script must learn a real task. In the
+third, of {learn} minutes, the return rises from {took["learn_first"]:.0f} to
+{took["learn_best"]:.0f}; 1,000 is a pole that never falls."""
+    return textwrap.fill(text, 118)
 
 
 def included(name: str) -> str:

@@ -38,7 +38,7 @@ def time_commands(options: Options) -> None:
     """Times the commands and writes the figures."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^(pip install .* && .*)$", text, flags=re.M)
-    (learn,) = re.findall(r"```bash\n(python .*Pendulum[^`]*)```", text)
+    (learn,) = re.findall(r"^(python [^`]*Pendulum[^`]*)```", text, flags=re.M)
     (install, run), (install_tests, tests) = (block.split(" && ") for block in blocks[:2])
     figures = {"cores": os.cpu_count(), "python": platform.python_version()}
     with tempfile.TemporaryDirectory() as folder:
