@@ -211,6 +211,8 @@ def summary_needed(fits: pd.DataFrame) -> str:
         line = {"data": name}
         for metric, part in PARTS.items():
             errors = rows.pivot_table(metric, "updates", "cell")
+            if not {"normalized direct", RESIDUAL} <= {*errors}:
+                continue
             factor = (errors["normalized direct"] / errors[RESIDUAL]).dropna()
             reached, better = factor.index[factor <= 1.1], factor.index[factor < 0.9]
             words = [f"{min(x):,}" if len(x) else "never" for x in (reached, better)]
@@ -220,7 +222,7 @@ def summary_needed(fits: pd.DataFrame) -> str:
         "Updates until the sampled error of predicting s' is at most 10 % above that of predicting "
         "s' - s, both at unit scale /\nuntil it is more than 10 % below (in brackets: the ratio at "
         f"{fits.updates.max():,}). Slow: Var(s' - s) < 0.1 Var(s).\n\n"
-        + markdown(pd.DataFrame(lines))
+        + markdown(pd.DataFrame(lines).fillna("-"))
         + "\n"
     )
 

@@ -35,18 +35,28 @@ def timed(command: str, **place) -> tuple[float, str]:
 
 
 def time_commands(options: Options) -> None:
-    """Times the commands and writes the figures."""
+    """Times the commands, the tests first; writes the figures after each."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^(pip install .* && .*)$", text, flags=re.M)
     (learn,) = re.findall(r"^(python [^`]*Pendulum[^`]*)```", text, flags=re.M)
     (install, run), (install_tests, tests) = (block.split(" && ") for block in blocks[:2])
     figures = {"cores": os.cpu_count(), "python": platform.python_version()}
+
+    def keep(**measured) -> None:
+        figures.update(measured)
+        (RESULTS / "readme_commands.json").write_text(json.dumps(figures, indent=2) + "\n")
+        print(json.dumps(measured), flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder, "clone")
         timed(f"git clone --quiet {ROOT} {clone} && {sys.executable} -m venv {folder}/venv")
         path = f"{folder}/venv/bin:{os.environ['PATH']}"
         place = {"cwd": clone, "env": os.environ | {"PATH": path}}
-        figures["install_seconds"], _ = timed(install, **place)
+        seconds, _ = timed(install, **place)
+        keep(install_seconds=seconds)
+        timed(install_tests, **place)
+        seconds, output = timed(tests, **place)
+        keep(test_seconds=seconds, tests_passed=int(re.search(r"(\d+) passed", output)[1]))
         process, rows = subprocess.Popen(run.split(), stdout=subprocess.DEVNULL, **place), []
         while len(rows) < 4:  # header, steps 0, 5,000 and 10,000
             time.sleep(1)
@@ -56,16 +66,11 @@ def time_commands(options: Options) -> None:
                 rows = file.read_text().split()
         process.terminate()
         process.wait()
-        figures["untrained_return"] = float(rows[1].split(",")[1])
-        figures["first_fit_seconds"] = float(rows[3].split(",")[6])
-        figures["learn_seconds"], output = timed(learn, **place)
+        first, last = (row.split(",") for row in (rows[1], rows[3]))
+        keep(untrained_return=float(first[1]), first_fit_seconds=float(last[6]))
+        seconds, output = timed(learn, **place)
         returns = [float(x) for x in re.findall(r"return +(\S+)", output)]
-        figures |= {"learn_first": returns[0], "learn_best": max(returns)}
-        timed(install_tests, **place)
-        figures["test_seconds"], output = timed(tests, **place)
-        figures["tests_passed"] = int(re.search(r"(\d+) passed", output)[1])
-    (RESULTS / "readme_commands.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+        keep(learn_seconds=seconds, learn_first=returns[0], learn_best=max(returns))
 
 
 if __name__ == "__main__":
