@@ -161,7 +161,7 @@ def run(options: Options) -> None:
         for name in FILES:  # scales.csv, which says that a task is done, is the last
             held[name] = pd.concat([part for part in (held[name], parts[name]) if len(part)])
             write(held[name], ["task", "data"], options.out / f"{name}.csv")
-    present(*(held[name] for name in FILES), options.out)
+    present(*(read(options.out / f"{name}.csv", **words) for name in FILES), options.out)
 
 
 def run_needed(options: Needed) -> None:

@@ -42,6 +42,12 @@ def out(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def anew():
+    """Threads and precision are set for each test, whatever tests of other tools have set."""
+    fits_of.fitter.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """The folder of a run of 40 steps, all of them random."""
