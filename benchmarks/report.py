@@ -310,7 +310,8 @@ def drawn_from(path: Path) -> str | None:
 
 def timing_text() -> str:
     """What the README's commands take, as far as benchmarks/time_readme.py measured it."""
-    took, said = json.loads((RESULTS / "readme_commands.json").read_text()), []
+    file, said = RESULTS / "readme_commands.json", []
+    took = json.loads(file.read_text()) if file.exists() else {}
     minutes = {name: f"{value / 60:.0f} minutes" for name, value in took.items() if "_s" in name}
     if "first_fit_seconds" in took:
         said.append(
@@ -330,6 +331,8 @@ def timing_text() -> str:
             f"{took['learn_first']:.0f} to {took['learn_best']:.0f}; 1,000 is a pole that never "
             "falls."
         )
+    if not said:
+        return "Not timed yet: `python benchmarks/time_readme.py`."
     return textwrap.fill(f"On {took['cores']} CPU cores: {' '.join(said)}", 118)
 
 
