@@ -204,7 +204,7 @@ def termination_function(args: Args):
 def check_termination(terminates, args: Args, step: int, obs, action, next_obs, terminated) -> None:
     """Raises InputError if a real transition, in its own float64, ends unlike `terminates` says."""
     if terminated != bool(terminates(*map(torch.as_tensor, (obs, action, next_obs)))):
-        raise InputError(f"{args.env_id} {step=} {terminated=} against HEALTHY, --never-terminates")
+        raise InputError(f"step {step} has {terminated=}: HEALTHY or --never-terminates is wrong")
 
 
 # --- Replay ---------------------------------------------------------------------------------------
