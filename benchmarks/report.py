@@ -23,7 +23,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -33,15 +32,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from common import RESULTS, ROOT, InputError, markdown, run_tool
+from diffs import source_of
+from diffs import table as diffs_table
 from PIL import Image
 from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")  # figures without a display
-GOALS = {"dmc/walker-run": 50, "Hopper-v5": 500}  # returns to reach, within the first curves
 PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
 FIRST = "dmc/walker-run", "dmc/quadruped-walk"  # tasks on the README's first screen
-OTHER_CODE = "† Some of these runs were made by other code than that of today's script."
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/reward_error": ("reward error / variance", "log"),
@@ -98,27 +97,28 @@ def code_of(source: str) -> str:
     return hashlib.sha256(repr(plain(ast.parse(source))).encode()).hexdigest()
 
 
-@cache
 def origin(script: str, source: str) -> dict:
     """Code and commit of the version of a script with this SHA-256; the commit may yet be None."""
     git = partial(subprocess.run, cwd=ROOT, capture_output=True)
     log = git(["git", "rev-list", "--all", "--", script]).stdout if shutil.which("git") else b""
     made = [(x, git(["git", "show", f"{x}:./{script}"]).stdout) for x in log.decode().split()]
-    for commit, text in [*made, *((None, path.read_bytes()) for path in ROOT.glob(script))]:
+    for commit, text in [*made, (None, source_of(script).encode())]:
         if hashlib.sha256(text).hexdigest() == source:
             return {"code": code_of(text.decode()), "commit": commit}
     return {}
 
 
-def mark(args: dict) -> str:
-    """The sign of a run that was made by other code than that of today's script."""
-    made = args if "code" in args else origin(args["script"], args.get("source", ""))
-    today = [code_of(path.read_text()) for path in ROOT.glob(args["script"])]
-    return "" if made.get("code") in today else " †"
+@cache
+def code_today(script: str) -> str:
+    """What `code_of` makes of a script, or of a script and a diff, as they are now."""
+    return code_of(source_of(script))
 
 
 def load(results: Path) -> pd.DataFrame:
-    """Every run under a folder, long: task, run (its title), length, seed, step, tag, value."""
+    """Every run under a folder, long: task, run (its title), length, seed, step, tag, value.
+
+    The sign † stands behind a title if one of its seeds was run by other code than today's.
+    """
     frames = []
     for file in sorted(results.glob("*__*__*/eval.csv")):
         args, evaluations, scalars = read_run(file.parent)
@@ -126,12 +126,14 @@ def load(results: Path) -> pd.DataFrame:
         frame = pd.concat([returns, scalars[scalars.tag.isin(TRAINING)]])
         updates = args["updates_per_step"]
         title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
-        names = {"task": args["env_id"], "run": title, "seed": args["seed"], "mark": mark(args)}
+        made = args if "code" in args else origin(args["script"], args.get("source", ""))
+        mark = "" if made.get("code") == code_today(args["script"]) else " †"
+        names = {"task": args["env_id"], "run": title, "seed": args["seed"], "mark": mark}
         frames.append(frame.assign(**names, length=args["total_timesteps"]))
     if not frames:
         raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
     data = pd.concat(frames, ignore_index=True)
-    data["run"] += data.groupby(["task", "run"]).mark.transform("max")  # one seed marks them all
+    data["run"] += data.groupby(["task", "run"]).mark.transform("max")
     return data.drop(columns="mark")
 
 
@@ -167,19 +169,6 @@ def cell(curves: pd.DataFrame, step: int) -> str:
     return f"{scores.mean():.0f} [{between}]{some}"
 
 
-def steps_to_reach(curves: pd.DataFrame, goal: float) -> str:
-    """Median over seeds of the first evaluated step with a return of at least the goal.
-
-    A seed that never gets there counts as infinity, and is told.
-    """
-    first = (curves >= goal).idxmax().where((curves >= goal).any(), math.inf)
-    there, median = np.isfinite(first).sum(), first.median()
-    some = f"{there} of {len(first)} seeds"
-    if not math.isfinite(median):
-        return f"reached by {some}" if there else "not reached"
-    return f"{median:,.0f}" + (f" ({some})" if there < len(first) else "")
-
-
 def paired(curves: dict[str, pd.DataFrame]) -> list[str]:
     """How far PAIR's first run is ahead of its second, by seed, at the last step of both."""
     lines, (one, other) = [], PAIR
@@ -190,64 +179,54 @@ def paired(curves: dict[str, pd.DataFrame]) -> list[str]:
             ahead = (curves[title] - curves[rival]).dropna(axis=1, how="all").dropna()
             said = f"{one} less {other}{title.removeprefix(one)}, by seed, at step"
             for step in ahead.index[-1:]:
-                lines.append(f"\n{said} {step:,}: {cell(ahead, step)}, {ahead.shape[1]} seeds.")
+                lines.append(f"{said} {step:,}: {cell(ahead, step)}, {ahead.shape[1]} seeds.")
     return lines
 
 
-def table(task: str, rows: pd.DataFrame) -> str:
-    """A Markdown table of the returns on a task, then published ones, and what is paired.
-
-    Its columns are the evaluated steps next to half and all of the length of each run.
-    """
-    returns, biases = (rows[rows.tag == tag] for tag in ("return", "eval/critic_bias"))
-    curves_by_run, biases, lines = curves_of(returns), curves_of(biases), []
-    marks = [mark for length in returns.length.unique() for mark in (length / 2, length)]
-    steps = sorted({min(returns.step, key=lambda step: abs(step - mark)) for mark in marks})
-    for title, curves in curves_by_run.items():
-        line = {"run": title, "seeds": curves.shape[1]}
-        line |= {f"{step:,}": cell(curves, step) for step in steps}
-        bias = biases.get(title, curves[:0])
-        line["critic bias at its end"] = cell(bias, bias.dropna().index.max())
-        if goal := GOALS.get(task):
-            line[f"steps to {goal:,}"] = steps_to_reach(curves, goal)
-        lines.append(line)
+def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
+    """A Markdown table of the returns on a task at these steps, published ones, what is paired."""
+    returns, biases = (curves_of(rows[rows.tag == x]) for x in ("return", "eval/critic_bias"))
+    lines = []
+    for title, curves in returns.items():
+        line = {task: title, "seeds": curves.shape[1]}
+        line |= {f"return at {step:,}": cell(curves, step) for step in steps}
+        last = max(step for step in steps if step <= curves.index.max())
+        lines.append(line | {"critic bias": cell(biases.get(title, curves[:0]), last)})
     for (algorithm, source, seeds), points in published(task):
-        line = {"run": f"{algorithm} ({source})", "seeds": seeds}
-        at = {f"{x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
-        lines.append(line | {name: text for name, text in at.items() if name in lines[0]})
-    made = markdown(pd.DataFrame(lines).fillna(""))
-    return "\n".join([f"**{task}**\n", made, *paired(curves_by_run)])
+        line = {task: f"{algorithm} ({source})", "seeds": seeds}
+        at = {f"return at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
+        if known := {name: text for name, text in at.items() if name in lines[0]}:
+            lines.append(line | known)
+    return "\n\n".join([markdown(pd.DataFrame(lines).fillna("")), *paired(returns)])
 
 
 def tables(data: pd.DataFrame) -> str:
-    """A table for every task, and what their sign of other code means."""
-    made = [table(task, rows) for task, rows in data.groupby("task")]
-    if data.run.str.endswith("†").any():
-        made.append(OTHER_CODE)
-    return "\n\n".join(made)
+    """A table for every task, next to half and all of the length of each run; what † means."""
+    made = []
+    for task, rows in data.groupby("task"):
+        marks = [mark for length in rows.length.unique() for mark in (length / 2, length)]
+        known = rows.step[rows.tag == "return"]
+        steps = {min(known, key=lambda step: abs(step - mark)) for mark in marks}
+        made.append(table(task, rows, sorted(steps)))
+    return "\n\n".join([*made, *other_code(data)])
+
+
+def other_code(data: pd.DataFrame) -> list[str]:
+    """What † means, if any run has it."""
+    said = "† Some of these runs were made by other code than that of today's script."
+    return [said] if data.run.str.endswith("†").any() else []
 
 
 def summary(data: pd.DataFrame, link: str) -> str:
-    """The README's first screen: FIRST's curves, and a short table of returns at PAIR's end."""
+    """The README's first screen: FIRST's curves, and a short table of returns where PAIR ends."""
     first = data[data.task.isin(FIRST)]
     made = [f"![Mean return by environment step]({link}/first.png)"]
     for task, rows in first.groupby("task"):
         ends = rows[(rows.tag == "return") & rows.run.str.startswith(PAIR)]
         step = ends.groupby("run").step.max().min()
-        returns, biases = (curves_of(rows[rows.tag == x]) for x in ("return", "eval/critic_bias"))
-        lines = []
-        for title, curves in returns.items():
-            if step in curves.index:
-                known = biases.get(title, curves[:0])
-                line = {f"{task} at step {step:,}": title, "seeds": curves.shape[1]}
-                line["mean return [95 % interval]"] = cell(curves, step)
-                lines.append(
-                    line | {"critic bias": cell(known, step) if step in known.index else ""}
-                )
-        made += [markdown(pd.DataFrame(lines)), *(line.strip() for line in paired(returns))]
-    if first.run.str.endswith("†").any():
-        made.append(OTHER_CODE)
-    return "\n\n".join(made)
+        there = rows[(rows.tag == "return") & (rows.step == step)].run
+        made.append(table(task, rows[rows.run.isin(there)], [step]))
+    return "\n\n".join([*made, *other_code(first)])
 
 
 def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
@@ -308,50 +287,10 @@ def drawn_from(path: Path) -> str | None:
         return None
 
 
-def timing_text() -> str:
-    """What the README's commands take, as far as benchmarks/time_readme.py measured it."""
-    file, said = RESULTS / "readme_commands.json", []
-    took = json.loads(file.read_text()) if file.exists() else {}
-    minutes = {name: f"{value / 60:.0f} minutes" for name, value in took.items() if "_s" in name}
-    if "first_fit_seconds" in took:
-        said.append(
-            f"The first command installs in {minutes['install_seconds']}, prints a return of "
-            f"{took['untrained_return']:.0f} for the untrained policy, and reaches step 10,000, "
-            f"after the first fit, in {minutes['first_fit_seconds']}; all 500,000 steps are a job "
-            "for a GPU, or for days."
-        )
-    if "test_seconds" in took:
-        said.append(
-            f"The second runs {took['tests_passed']} tests in {minutes['test_seconds']}; in them "
-            "each script must learn a real task."
-        )
-    if "learn_seconds" in took:
-        said.append(
-            f"In the third, of {minutes['learn_seconds']}, the return rises from "
-            f"{took['learn_first']:.0f} to {took['learn_best']:.0f}; 1,000 is a pole that never "
-            "falls."
-        )
-    if not said:
-        return "Not timed yet: `python benchmarks/time_readme.py`."
-    return textwrap.fill(f"On {took['cores']} CPU cores: {' '.join(said)}", 118)
-
-
 def included(name: str) -> str:
     """The text of a file that another tool wrote into benchmarks/results/."""
     path = ROOT / "benchmarks" / "results" / name
     return path.read_text().strip() if path.exists() else "Not measured yet."
-
-
-def cost_text() -> str:
-    """Hours of a run of 500,000 steps, from the steps per second that throughput.py measured."""
-    path = ROOT / "benchmarks" / "results" / "throughput" / "cpu.csv"
-    if not path.exists():
-        return "Not measured yet."
-    rows = pd.read_csv(path).query("kind == 'steps' and who == 'ours' and rate > 0")
-    rates = rows.groupby("task", sort=False).rate.median()
-    names, hours = "`" + rates.index + "`", (500_000 / rates.array / 3600).round().astype(int)
-    columns = {"script": names, "steps per second": rates.array, "hours for 500,000 steps": hours}
-    return markdown(pd.DataFrame(columns))
 
 
 def diff_text() -> str:
@@ -364,25 +303,42 @@ def diff_text() -> str:
     return f"```diff\n{''.join(shown)}```"
 
 
-def parts_of(data: pd.DataFrame, link: str) -> dict[str, str]:
-    """What the runs say, by the name in its markers; figures are under `link`."""
-    parts = {"training": ""}
-    parts["results"] = f"""\
+def runs_text(data: pd.DataFrame, link: str) -> str:
+    """Tables of runs and their figures, which lie under `link`."""
+    text = f"""\
 ![Mean return by environment step, one panel per task]({link}/curves.png)
 
-Mean return at an environment step, and mean critic bias (see "What TensorBoard shows"), with
-[95 % bootstrap interval over seeds; - for one seed]. Steps to a return: the first evaluation that
-reaches it, median over seeds. Published: mean ± standard deviation over seeds. In the figure, lines
-are means over seeds, bands their intervals, and points are published.
+Mean return at an environment step, and at the last of these the mean critic bias (see "What
+TensorBoard shows"), with [95 % bootstrap interval over seeds; - for one seed]. Published: mean ±
+standard deviation over seeds. In the figure, lines are means over seeds, bands their intervals, and
+points are published.
 
 {tables(data)}"""
     if "training" in figures_of(data):
-        parts["training"] = f"""\
-![Critic bias and model fit by environment step]({link}/training.png)
+        text += f"\n\n![Critic bias and model fit by environment step]({link}/training.png)"
+    return text
 
-Along training (see "What TensorBoard shows"), on tasks with several scripts:
-{", ".join(f"`{tag}`" for tag in TRAINING)}."""
-    return parts
+
+def generated(data: pd.DataFrame) -> dict[Path, dict[str, str]]:
+    """By README of this repository and name in its markers, what stands between them."""
+    link = "results/figures"
+    return {
+        ROOT / "README.md": {
+            "summary": summary(data, f"benchmarks/{link}"),
+            "needed": included("updates_needed/summary.md"),
+            "timing": included("readme_commands.md"),
+            "diff": diff_text(),
+        },
+        ROOT / "benchmarks" / "README.md": {
+            "results": runs_text(data, link),
+            "mechanism": included("mechanism/summary.md"),
+            "throughput": included("throughput/cpu.md"),
+            "throughput-gpu": included("throughput/cuda.md"),
+            "variants": included("throughput/variants_cpu.md"),
+            "many-seeds": included("throughput/many_seeds_cpu.md"),
+            "diffs": diffs_table(),
+        },
+    }
 
 
 def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
@@ -391,27 +347,17 @@ def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     For our own results these are the two READMEs, new between their markers; else report.md there.
     """
     if results.resolve() != ROOT / "benchmarks" / "results":
-        parts = parts_of(data, "figures")
-        return {results / "report.md": f"{parts['results']}\n\n{parts['training']}\n"}
-    speed = {"throughput": "cpu", "throughput-gpu": "cuda", "variants": "variants_cpu"}
-    speed |= {"many-seeds": "many_seeds_cpu"}
-    speed = {name: included(f"throughput/{file}.md") for name, file in speed.items()}
-    texts, fits = {}, {"mechanism": included("mechanism/summary.md"), "cost": cost_text()}
-    first = {"summary": summary(data, "benchmarks/results/figures"), "diff": diff_text()}
-    first |= {"timing": timing_text(), "needed": included("updates_needed/summary.md")}
-    for path, parts in {
-        ROOT / "README.md": first,
-        ROOT / "benchmarks" / "README.md": parts_of(data, "results/figures") | speed | fits,
-    }.items():
+        return {results / "report.md": runs_text(data, "figures") + "\n"}
+    texts = {}
+    for path, parts in generated(data).items():
         texts[path] = path.read_text()
         for name, part in parts.items():
-            block = f"<!-- {name} -->\n{part}\n<!-- /{name} -->"
-            pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-            swap = partial(re.subn, pattern, lambda _, block=block: block, flags=re.S)
-            texts[path], count = swap(texts[path])
-            if count != 1:
-                needed = f"the markers <!-- {name} --> and <!-- /{name} --> once"
+            before, begin, rest = texts[path].partition(f"<!-- {name} -->\n")
+            _, end, after = rest.partition(f"<!-- /{name} -->")
+            if not end:
+                needed = f"the markers <!-- {name} --> and <!-- /{name} -->"
                 raise InputError(f"{path} needs {needed}")
+            texts[path] = f"{before}{begin}{part}\n{end}{after}"
     return texts
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py benchmarks/grids/first_curves.toml --jobs 2
     python benchmarks/sweep.py GRID.toml --dry-run     checks the grid and prints its commands
-    python benchmarks/sweep.py GRID.toml --cluster slurm --partition gpu --hours 24 --gpus 1
+    python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
 In a block of the grid every key but `scripts` is a flag, with its value as on the command line; a
 list is an axis. Keys above the blocks hold for all of them. All runs of one seed come before those
@@ -19,7 +19,8 @@ of the next. Each run needs a folder of its own: exp-name tells apart those of o
 
 The scripts' own checks see all of it before anything starts. A run's output is in its folder, in
 log.txt. After an interruption, a kill or a failure the same command goes on: it skips what is done
-and resumes the rest. The exit code is 1 if a run failed, and 2 for bad input.
+and resumes the rest. The exit code is 1 if a run failed, and 2 for bad input. With --slurm the runs
+are queued as one array of jobs; a job out of time is queued again, and goes on where it was.
 """
 
 import fcntl
@@ -32,28 +33,29 @@ import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from common import ROOT, InputError, load_script, load_task, parse, run_tool
 from tqdm import tqdm
+
+JOB = """\
+#!/bin/bash
+trap 'scontrol requeue $SLURM_JOB_ID' USR1  # comes a minute before the time is up
+{command} --only $SLURM_ARRAY_TASK_ID &
+wait $!
+"""
 
 
 @dataclass
 class Options:
     grid: tyro.conf.Positional[Path]  # the TOML file
     jobs: int | None = None  # runs at a time; by default one per core, on a cluster all
-    cluster: Literal["local", "slurm"] = "local"  # slurm: pip install -e '.[benchmarks]'
-    partition: str | None = None  # SLURM's partition
-    hours: float = 24.0  # time limit of a job; a run that is not done by then is queued again
-    cpus: int = 1  # cores, and threads, of a job on the cluster
-    gpus: int = 0  # GPUs of a job on the cluster
-    slurm: dict[str, str] = field(default_factory=dict)
-    """other options of sbatch, as in --slurm account my_lab mem 8G"""
     dry_run: bool = False  # print the commands, and start nothing
+    slurm: str | None = None  # queue the runs on SLURM, with these options of sbatch
+    only: int | None = None  # this run alone, by its place among the commands of --dry-run, from 0
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,7 @@ class Run:
     command: tuple[str, ...]
     folder: Path
     settings: str  # as in args.json, but for run_root and source
-    threads: int
     seed: int = 0
-    shielded: bool = False  # from the signals of preemption, which only submitit answers
 
     def done(self) -> bool:
         """Whether these very settings have run to exit code 0, which is what done.json records.
@@ -76,82 +76,32 @@ class Run:
         file = self.folder / "done.json"
         return file.exists() and file.read_text() == self.settings
 
-    def __call__(self, children: set[subprocess.Popen] | None = None) -> str:
-        """Runs to the end, whatever has begun already; returns what failed. A job of a cluster."""
+    def __call__(self, children: set[subprocess.Popen]) -> str:
+        """Runs to the end, whatever has begun already; returns what failed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("a+", errors="replace") as log:
             fcntl.flock(log, fcntl.LOCK_EX)  # waits for a child that has outlived its sweep
             if self.done():
                 return ""
             print(f"$ {shlex.join(self.command)}", file=log, flush=True)
-            env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+            threads = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+            env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
             files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            child = subprocess.Popen(
-                self.command, env=env, preexec_fn=shield if self.shielded else None, **files
-            )
-            if children is not None:
-                children.add(child)
+            child = subprocess.Popen(self.command, env=env, **files)
+            children.add(child)
             if code := child.wait():
                 log.seek(0)
                 return f"exit code {code}: {log.read().strip().splitlines()[-1]}"
         (self.folder / "done.json").write_text(self.settings)
         return ""
 
-    def checkpoint(self):
-        """What submitit queues when the job is preempted or out of time: the same, to go on."""
-        import submitit  # here, because the local sweep does without
 
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def shield() -> None:
-    """SLURM signals all processes of a job; the child shall not heed it."""
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def slurm_jobs(runs: list[Run], options: Options) -> dict:
-    """The runs as one array of jobs, each with its future."""
-    try:
-        import submitit
-    except ImportError:
-        raise InputError("--cluster slurm needs submitit: pip install -e '.[benchmarks]'") from None
-    folder = Path(runs[0].folder.parent, "submitit")
-    executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=1000)
-    executor.update_parameters(
-        name=options.grid.stem,
-        timeout_min=int(60 * options.hours),
-        cpus_per_task=options.cpus,
-        gpus_per_node=options.gpus,
-        slurm_partition=options.partition,
-        slurm_array_parallelism=options.jobs,
-        slurm_additional_parameters={"requeue": True} | options.slurm,
-    )
-    try:
-        with executor.batch():
-            jobs = [executor.submit(replace(run, shielded=True)) for run in runs]
-    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
-        raise InputError(f"sbatch refuses: {error}") from None
-    return dict(zip(runs, jobs, strict=True))
-
-
-def outcome_of(job) -> str:
-    """What failed of a run on the cluster, once its job is over."""
-    error = job.exception()
-    return f"{str(error).splitlines()[0]}, see {job.paths.stderr}" if error else job.result()
-
-
-def finish(runs: list[Run], options: Options) -> dict[Run, str]:
-    """Has all runs done, as many at a time as the options say; returns what failed, and how."""
+def finish(runs: list[Run], jobs: int | None) -> dict[Run, str]:
+    """Has the runs done here, so many at a time; returns what failed, and how."""
     children: set[subprocess.Popen] = set()
-    jobs = slurm_jobs(runs, options) if options.cluster == "slurm" and runs else None
-    pool = ThreadPoolExecutor(len(runs) + 1 if jobs else options.jobs or os.cpu_count())
+    pool = ThreadPoolExecutor(jobs or os.cpu_count())
     try:
-        if jobs:
-            futures = {pool.submit(outcome_of, jobs[run]): run for run in runs}
-        else:
-            futures = {pool.submit(run, children): run for run in runs}
-        failed = {}
+        futures, failed = {pool.submit(run, children): run for run in runs}, {}
         for future in tqdm(as_completed(futures), total=len(runs), unit="run", disable=None):
             if outcome := future.result():
                 failed[futures[future]] = outcome
@@ -160,9 +110,23 @@ def finish(runs: list[Run], options: Options) -> dict[Run, str]:
         pool.shutdown(wait=False, cancel_futures=True)
         for child in children:
             child.kill()  # its files are whole at any moment
-        for job in (jobs or {}).values():
-            if not job.done():
-                job.cancel(check=False)
+
+
+def queue(numbers: list[int], root: Path, options: Options) -> None:
+    """Queues these of the grid's runs on SLURM, as one array of jobs."""
+    root.mkdir(parents=True, exist_ok=True)
+    at_once = f"%{options.jobs}" if options.jobs else ""
+    command = ["sbatch", f"--job-name={options.grid.stem}", f"--output={root}/slurm-%A_%a.txt"]
+    command += [f"--array={','.join(map(str, numbers))}{at_once}", "--requeue"]
+    command += ["--open-mode=append", "--signal=B:USR1@60", *shlex.split(options.slurm)]
+    job = JOB.format(command=shlex.join([sys.executable, __file__, str(options.grid)]))
+    try:
+        asked = subprocess.run(command, input=job, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise InputError("--slurm: there is no sbatch here") from None
+    if asked.returncode:
+        raise InputError(f"--slurm {options.slurm}: {asked.stderr.strip()}")
+    print(f"{asked.stdout.strip()}, {len(numbers)} runs; the same command later skips what is done")
 
 
 def words(flag: str, value) -> list[str]:
@@ -186,7 +150,7 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     """The run of a script with these flags; InputError if the script has something against it."""
     if not (ROOT / name).is_file():
         raise InputError(f"there is no script {name}")
-    script, local = load_script(name), options.cluster == "local"
+    script = load_script(name)
     if "exp-name" in flags:
         try:
             named = flags | {"script": script.__name__}
@@ -196,14 +160,13 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     given = list(itertools.chain.from_iterable(itertools.starmap(words, flags.items())))
     given = ["--run-root", str(root), "--resume", *given]
     args = parse(script.Args, "", given)
-    # Jobs of a cluster may have what this machine lacks.
-    script.check_args(args if local else replace(args, device="cpu", capture_video=False))
+    here = options.slurm is None  # or jobs may have what this machine lacks
+    script.check_args(args if here else replace(args, device="cpu", capture_video=False))
     check_task(script, args.env_id, getattr(args, "never_terminates", False))
     settings = {"script": Path(name).name} | asdict(args)
     del settings["run_root"]  # what is done may be moved
     command = sys.executable, str(ROOT / name), *given
-    threads = 1 if local else options.cpus
-    return Run(command, script.run_folder(args), json.dumps(settings), threads, args.seed)
+    return Run(command, script.run_folder(args), json.dumps(settings), args.seed)
 
 
 def read_grid(options: Options) -> list[Run]:
@@ -234,23 +197,28 @@ def read_grid(options: Options) -> list[Run]:
 
 def sweep(options: Options) -> None:
     """Runs what of the grid is not done."""
-    for name in ("jobs", "hours", "cpus"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            raise InputError(f"--{name} must be above 0, not {value}")
+    if options.jobs is not None and options.jobs <= 0:
+        raise InputError(f"--jobs must be above 0, not {options.jobs}")
     runs = read_grid(options)
     if options.dry_run:
         print(*(shlex.join(run.command) for run in runs), sep="\n")
         return
+    numbers = range(len(runs)) if options.only is None else [options.only]
+    if not {*numbers} <= {*range(len(runs))}:
+        raise InputError(f"--only must be from 0 to {len(runs) - 1}, not {options.only}")
+    todo = [number for number in numbers if not runs[number].done()]
+    if options.slurm is not None and todo:
+        queue(todo, runs[0].folder.parent, options)
+        return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    runs[0].folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        failed = finish([run for run in runs if not run.done()], options)
+        failed = finish([runs[number] for number in todo], options.jobs)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on", file=sys.stderr, flush=True)
         os._exit(1)  # without waiting for threads that wait
     for run, outcome in failed.items():
         print(f"failed: {run.folder}: {outcome}", file=sys.stderr)
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done")
+    print(f"{len(numbers) - len(failed)} of {len(numbers)} runs are done")
     sys.exit(1 if failed else 0)
 
 
