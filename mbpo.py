@@ -59,7 +59,7 @@ class Args:
     ensemble_size: int = 7  # networks in the ensemble (MBPO, table 1; J, S)
     num_elites: int = 5  # networks that rollouts draw from, those of least holdout error (J, S)
     model_hidden: int = 200  # units in each of the four hidden layers (MBPO, table 1; J, S)
-    model_lr: float = 1e-3  # Adam step size of the ensemble (J)
+    model_lr: float = 1e-3  # Adam step size of the ensemble (J; S: 3e-4, slower: README)
     model_train_frequency: int = 250  # environment steps between fits (J, S)
     model_first_updates: int = 10_000  # gradient steps of the first fit (README; S: 5,000)
     model_updates: int = 500  # gradient steps of every later fit (README; S: 5,000)

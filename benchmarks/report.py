@@ -2,7 +2,7 @@
 
     python benchmarks/report.py                           prints the tables of benchmarks/results
     python benchmarks/report.py --write                   renews the README's parts and the figures
-    python benchmarks/report.py --check                   names what is out of date (exit code 1)
+    python benchmarks/report.py --check                   names READMEs out of date (exit code 1)
     python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
     python benchmarks/report.py --results runs            prints the tables of the runs in runs/
     python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
@@ -34,7 +34,6 @@ import seaborn as sns
 from common import RESULTS, ROOT, InputError, markdown, run_tool
 from diffs import source_of
 from diffs import table as diffs_table
-from PIL import Image
 from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -52,7 +51,7 @@ TRAINING = {  # tags in the figure of training: what they show, and the scale of
 @dataclass
 class Options:
     write: bool = False  # renew the document and the figures
-    check: bool = False  # name what is out of date
+    check: bool = False  # name documents that are out of date
     record: tuple[Path, ...] = ()  # run folders to copy into the folder of results
     results: Path = RESULTS  # folder of runs
 
@@ -102,7 +101,7 @@ def origin(script: str, source: str) -> dict:
     git = partial(subprocess.run, cwd=ROOT, capture_output=True)
     log = git(["git", "rev-list", "--all", "--", script]).stdout if shutil.which("git") else b""
     made = [(x, git(["git", "show", f"{x}:./{script}"]).stdout) for x in log.decode().split()]
-    for commit, text in [*made, (None, source_of(script).encode())]:
+    for commit, text in [*made, (None, source_of(script, ROOT).encode())]:
         if hashlib.sha256(text).hexdigest() == source:
             return {"code": code_of(text.decode()), "commit": commit}
     return {}
@@ -111,7 +110,7 @@ def origin(script: str, source: str) -> dict:
 @cache
 def code_today(script: str) -> str:
     """What `code_of` makes of a script, or of a script and a diff, as they are now."""
-    return code_of(source_of(script))
+    return code_of(source_of(script, ROOT))
 
 
 def load(results: Path) -> pd.DataFrame:
@@ -271,22 +270,6 @@ def figures_of(data: pd.DataFrame) -> dict:
     return figures | ({"training": (draw_training, scalars)} if len(scalars) else {})
 
 
-def digest(rows: pd.DataFrame) -> str:
-    """SHA-256 of all that a figure is made of: its rows, the published figures, this code."""
-    text = rows.to_csv(index=False, float_format="%.6g") + code_of(Path(__file__).read_text())
-    text += (ROOT / "benchmarks" / "published.csv").read_text()
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def drawn_from(path: Path) -> str | None:
-    """The digest that a figure holds, or None where there is no such figure."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Description")
-    except OSError:  # absent, or no image
-        return None
-
-
 def included(name: str) -> str:
     """The text of a file that another tool wrote into benchmarks/results/."""
     path = ROOT / "benchmarks" / "results" / name
@@ -361,24 +344,19 @@ def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     return texts
 
 
-def renew(results: Path, write: bool) -> list[Path]:
-    """What is out of date among the documents and figures of a folder; written anew if asked."""
-    data = load(results)
-    stale = []
+def write(results: Path, data: pd.DataFrame) -> None:
+    """Writes the documents and the figures of a folder anew."""
     for path, text in documents_of(results, data).items():
-        if not path.exists() or path.read_text() != text:
-            stale.append(path)
-            if write:
-                path.write_text(text)
+        path.write_text(text)
+    (results / "figures").mkdir(exist_ok=True)
     for name, (draw, rows) in figures_of(data).items():
-        path, description = results / "figures" / f"{name}.png", digest(rows)
-        if drawn_from(path) != description:
-            stale.append(path)
-            if write:
-                path.parent.mkdir(exist_ok=True)
-                metadata = {"Description": description, "Software": None}
-                draw(rows).savefig(path, dpi=100, metadata=metadata)
-    return stale
+        draw(rows).savefig(results / "figures" / f"{name}.png", metadata={"Software": None})
+
+
+def stale(results: Path, data: pd.DataFrame) -> list[Path]:
+    """The documents of a folder that are absent or say something else than its files."""
+    texts = documents_of(results, data)
+    return [path for path in texts if not path.exists() or path.read_text() != texts[path]]
 
 
 def record(folders: tuple[Path, ...], results: Path) -> None:
@@ -408,17 +386,19 @@ def record(folders: tuple[Path, ...], results: Path) -> None:
 
 
 def report(options: Options) -> None:
-    """Prints tables, renews or checks what is made of them, or records runs."""
-    if bool(options.write) + bool(options.check) + bool(options.record) > 1:
+    """Prints tables, writes or checks what is made of them, or records runs."""
+    if options.write + options.check + bool(options.record) > 1:
         raise InputError("give one of --write, --check and --record")
     if options.record:
         return record(options.record, options.results)
-    if not options.write and not options.check:
-        return print(tables(load(options.results)))
-    stale = renew(options.results, options.write)
-    for path in stale:
-        print(f"{path} is {'renewed' if options.write else 'out of date: give --write'}")
-    sys.exit(1 if options.check and stale else 0)
+    data = load(options.results)
+    if options.write:
+        return write(options.results, data)
+    if not options.check:
+        return print(tables(data))
+    for path in (found := stale(options.results, data)):
+        print(f"{path} is out of date: give --write")
+    sys.exit(1 if found else 0)
 
 
 if __name__ == "__main__":

@@ -1,77 +1,71 @@
-"""Times the README's three commands in a fresh clone and a fresh environment.
+"""Runs the README's three commands in a fresh clone and environment, and writes what they take.
 
     python benchmarks/time_readme.py && python benchmarks/report.py --write
 
 The first training command is stopped after the evaluation at step 10,000, which follows the random
-steps and the first fit; the figures go to benchmarks/results/readme_commands.json.
+steps and the first fit. Writes benchmarks/results/readme_commands.md.
 """
 
-import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from common import RESULTS, ROOT, run_tool
+from common import RESULTS, ROOT
 
 
-@dataclass
-class Options:
-    """There are none."""
-
-
-def timed(command: str, **place) -> tuple[float, str]:
-    """Runs a shell command to its end; returns seconds and standard output."""
+def timed(command: str, **place) -> tuple[str, str]:
+    """Runs a shell command to its end; returns its minutes, in words, and standard output."""
     begin = time.perf_counter()
     done = subprocess.run(command, shell=True, text=True, stdout=subprocess.PIPE, **place)
     if done.returncode != 0:
         sys.exit(f"error: {command} ended with {done.returncode}: {done.stdout[-2000:]}")
-    return time.perf_counter() - begin, done.stdout
+    return f"{(time.perf_counter() - begin) / 60:.0f} minutes", done.stdout
 
 
-def time_commands(options: Options) -> None:
-    """Times the commands, the tests first; writes the figures after each."""
+def first_fit(command: str, clone: Path, **place) -> tuple[float, float]:
+    """Trains until step 10,000 is evaluated: the first return, and the seconds until then."""
+    process, rows = subprocess.Popen(command.split(), stdout=subprocess.DEVNULL, **place), []
+    while len(rows) < 4:  # header, steps 0, 5,000 and 10,000
+        time.sleep(1)
+        if process.poll() is not None:
+            sys.exit(f"error: {command} ended by itself")
+        for file in clone.glob("runs/*/eval.csv"):
+            rows = file.read_text().split()
+    process.terminate()
+    process.wait()
+    return float(rows[1].split(",")[1]), float(rows[3].split(",")[-1])
+
+
+def main() -> None:
+    """Times the commands, the tests first."""
     text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^(pip install .* && .*)$", text, flags=re.M)
+    commands = re.findall(r"^(pip install .*) && (.*)$", text, flags=re.M)
+    (install, run), (install_tests, tests) = commands
     (learn,) = re.findall(r"^(python [^`]*Pendulum[^`]*)```", text, flags=re.M)
-    (install, run), (install_tests, tests) = (block.split(" && ") for block in blocks[:2])
-    figures = {"cores": os.cpu_count(), "python": platform.python_version()}
-
-    def keep(**measured) -> None:
-        figures.update(measured)
-        (RESULTS / "readme_commands.json").write_text(json.dumps(figures, indent=2) + "\n")
-        print(json.dumps(measured), flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder, "clone")
         timed(f"git clone --quiet {ROOT} {clone} && {sys.executable} -m venv {folder}/venv")
         path = f"{folder}/venv/bin:{os.environ['PATH']}"
         place = {"cwd": clone, "env": os.environ | {"PATH": path}}
-        seconds, _ = timed(install, **place)
-        keep(install_seconds=seconds)
+        installed, _ = timed(install, **place)
         timed(install_tests, **place)
-        seconds, output = timed(tests, **place)
-        keep(test_seconds=seconds, tests_passed=int(re.search(r"(\d+) passed", output)[1]))
-        process, rows = subprocess.Popen(run.split(), stdout=subprocess.DEVNULL, **place), []
-        while len(rows) < 4:  # header, steps 0, 5,000 and 10,000
-            time.sleep(1)
-            if process.poll() is not None:
-                sys.exit(f"error: {run} ended by itself")
-            for file in clone.glob("runs/*/eval.csv"):
-                rows = file.read_text().split()
-        process.terminate()
-        process.wait()
-        first, last = (row.split(",") for row in (rows[1], rows[3]))
-        keep(untrained_return=float(first[1]), first_fit_seconds=float(last[6]))
-        seconds, output = timed(learn, **place)
-        returns = [float(x) for x in re.findall(r"return +(\S+)", output)]
-        keep(learn_seconds=seconds, learn_first=returns[0], learn_best=max(returns))
+        tested, output = timed(tests, **place)
+        passed = re.search(r"(\d+) passed", output)[1]
+        untrained, seconds = first_fit(run, clone, **place)
+        learned, output = timed(learn, **place)
+    returns = [float(x) for x in re.findall(r"return +(\S+)", output)]
+    said = f"""On {os.cpu_count()} CPU cores: The first command installs in {installed}, prints a
+return of {untrained:.0f} for the untrained policy, and reaches step 10,000, after the first fit, in
+{seconds / 60:.0f} minutes; all 500,000 steps are a job for a GPU, or for days. The second runs
+{passed} tests in {tested}; in them each script must learn a real task. In the third, of {learned},
+the return rises from {returns[0]:.0f} to {max(returns):.0f}; 1,000 is a pole that never falls."""
+    (RESULTS / "readme_commands.md").write_text(textwrap.fill(said, 118) + "\n")
 
 
 if __name__ == "__main__":
-    run_tool(time_commands, Options, __doc__)
+    main()

@@ -76,7 +76,7 @@ def wait_for(condition, seconds: float) -> None:
 
 
 def test_a_grid_on_slurm(cluster, tmp_path):
-    """Jobs, one of which is killed and queued again, end as a run here does; a failure shows there."""
+    """A job that is killed and queued again ends as a run here does; a failure shows there."""
     blocks = [block("sac", total_timesteps=400), block("sac", buffer_size=10**12)]
     blocks[1] += 'exp-name = "too_large"\n'
     here = grid(tmp_path, blocks[0], run_root="here")
