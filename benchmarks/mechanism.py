@@ -89,10 +89,20 @@ class Needed(Options):
     tasks: tuple[str, ...] = ("dmc/humanoid-stand", "dmc/hopper-stand", "Hopper-v5")  # random ones
     # run folders of the scripts, for the first rows of their replay buffers
     runs: Annotated[tuple[Path, ...], arg(name="buffers")] = ()
-    cells: tuple[Literal[tuple(CELLS)], ...] = tuple(CELLS)[2:4] + tuple(CELLS)[5:]
-    budgets: tuple[int, ...] = (500, 1000, 2000, 3000, 5000, 8000, 12_000, 20_000, 30_000)
-    seeds: tuple[int, ...] = (1, 2)
-    out: Path = RESULTS / "updates_needed"
+    cells: tuple[Literal[tuple(CELLS)], ...] = tuple(CELLS)[2:4] + tuple(CELLS)[5:]  # fitted
+    budgets: tuple[int, ...] = (
+        500,
+        1000,
+        2000,
+        3000,
+        5000,
+        8000,
+        12_000,
+        20_000,
+        30_000,
+    )  # updates
+    seeds: tuple[int, ...] = (1, 2)  # seeds of split, bootstrap sample, weights and batches
+    out: Path = RESULTS / "updates_needed"  # folder of the results
     buffer: ClassVar[bool] = True
 
 
@@ -113,7 +123,7 @@ def data_sets(options: Options) -> list[tuple[str, Path | None]]:
         sets.append((task, folder))
     if not sets:
         raise InputError("name a task or a run folder")
-    return sets
+    return [*dict.fromkeys(sets)]
 
 
 def read(file: Path) -> pd.DataFrame:

@@ -198,8 +198,8 @@ def test_errors_by_hand(rows, fit):
 
 def test_a_fit_learns_and_budgets_nest(fit):
     """Errors fall; what is measured at a budget does not depend on the budgets after it."""
-    long = fit("normalized residual", (1, 150))["fits"]
-    assert long.updates.tolist() == [1, 150]
+    long = fit("normalized residual", (1, 60))["fits"]
+    assert long.updates.tolist() == [1, 60]
     assert long.reward_error[1] < 0.5 * long.reward_error[0]
     assert long.state_sampled[1] < 0.5 * long.state_sampled[0]
     pd.testing.assert_frame_equal(fit("normalized residual", (1,))["fits"], long[:1])
