@@ -90,17 +90,7 @@ class Needed(Options):
     # run folders of the scripts, for the first rows of their replay buffers
     runs: Annotated[tuple[Path, ...], arg(name="buffers")] = ()
     cells: tuple[Literal[tuple(CELLS)], ...] = tuple(CELLS)[2:4] + tuple(CELLS)[5:]  # fitted
-    budgets: tuple[int, ...] = (
-        500,
-        1000,
-        2000,
-        3000,
-        5000,
-        8000,
-        12_000,
-        20_000,
-        30_000,
-    )  # updates
+    budgets: tuple[int, ...] = (500, 1000, 2000, 3000, 5000, 8000, 12_000, 20_000, 30_000)  # steps
     seeds: tuple[int, ...] = (1, 2)  # seeds of split, bootstrap sample, weights and batches
     out: Path = RESULTS / "updates_needed"  # folder of the results
     buffer: ClassVar[bool] = True

@@ -143,9 +143,9 @@ def test_ridge_leaves_nothing_of_a_linear_task(rows, fit):
 
 
 def test_scales_and_units_by_hand():
-    """Two dimensions, a step changes one little and one much, and a third that is constant."""
+    """Two dimensions, a step changes one little and one more, and a third that is constant."""
     s = np.array([[0.0, 1, 5], [1, -1, 5], [2, 0, 5]])
-    s_next = np.array([[0.1, -0.2, 5], [1, 0.2, 5], [2.2, 0, 5]])
+    s_next = np.array([[0.1, 0.6, 5], [1, -0.6, 5], [2.2, 0, 5]])  # changes by 0.01, 0.16 Var(s)
     x = torch.tensor(np.hstack([s, np.zeros((3, 1)), np.ones((3, 1))]))
     y = torch.tensor(np.hstack([s_next, [[0], [0.3], [0]]]))
     scales, rho = fits_of.measure_scales(x, y)
@@ -260,7 +260,9 @@ def test_a_buffer_is_read_as_the_scripts_write_it(run_folder):
 @pytest.mark.parametrize("kind", [mechanism.Options, mechanism.Needed])
 def test_finished_fits_are_kept(kind, run_folder, tmp_path, monkeypatch, undrawn):
     """What a command that was cut off has done is not done again, and the end is the same bytes."""
-    options, done = kind(tasks=(POLE,), runs=(run_folder,), lr=(1e-3, 3e-4), **TINY), []
+    cells = kind.cells[:3]
+    options = kind(tasks=(POLE,), runs=(run_folder,), cells=cells, lr=(1e-3, 3e-4), **TINY)
+    done = []
 
     def fit(*words):
         if len(done) == stop:
@@ -275,7 +277,7 @@ def test_finished_fits_are_kept(kind, run_folder, tmp_path, monkeypatch, undrawn
     options.out, stop = tmp_path / "whole", -1
     mechanism.run(options)
     whole, every = files(), {*done}
-    assert len(every) == len(done) == 2 * 2 * len(options.cells)  # data sets, step sizes
+    assert len(every) == len(done) == 2 * 2 * 3  # data sets, step sizes
     fits = pd.read_csv(options.out / "fits.csv")
     assert fits.state_error.nunique() == len(fits) == 2 * len(every)  # measurements
     assert len(pd.read_csv(options.out / "scales.csv")) == 2
