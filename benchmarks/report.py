@@ -1,18 +1,15 @@
 """Tables and figures of recorded runs beside published ones; the generated parts of README.md.
 
-    python benchmarks/report.py                           prints the tables of benchmarks/results
-    python benchmarks/report.py --write                   renews the README's parts and the figures
-    python benchmarks/report.py --check                   names READMEs out of date (exit code 1)
+    python benchmarks/report.py            prints the tables of benchmarks/results
+    python benchmarks/report.py --write    renews the READMEs' generated parts and the figures
+    python benchmarks/report.py --check    names READMEs out of date (exit code 1)
     python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
-    python benchmarks/report.py --results runs            prints the tables of the runs in runs/
     python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
 
 A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv and scalars.csv;
-a run's own folder, with TensorBoard events instead of scalars.csv, will do as well. Published
-figures stand, with their source, in benchmarks/published.csv.
-
-Intervals: the middle 95 % of 10,000 bootstrap samples, which draw seeds with replacement (Agarwal
-et al. 2021, arXiv 2108.13264). One seed gives none: [-].
+a run's own folder, with TensorBoard events for scalars.csv, will do as well. Intervals: the middle
+95 % of 10,000 bootstrap samples, which draw seeds with replacement (Agarwal et al. 2021, arXiv
+2108.13264). One seed gives none: [-].
 """
 
 import ast
@@ -370,12 +367,11 @@ def record(folders: tuple[Path, ...], results: Path) -> None:
         if last + args["eval_frequency"] <= end:
             raise InputError(f"{folder} is at step {last:,} of {end:,}: --resume it to its end")
         target = results / folder.resolve().name
-        if target.exists():
-            held, free = read_run(target)[0], {"run_root", "resume", "source"}
-            for name in sorted((held.keys() & args.keys()) - free):
-                if held[name] != args[name]:
-                    change = f"{name} {held[name]}, not {args[name]}"
-                    raise InputError(f"{target} holds a run with {change}: remove it to replace it")
+        held, free = read_run(target)[0] if target.exists() else {}, {"run_root", "resume", "source"}
+        for name in sorted((held.keys() & args.keys()) - free):
+            if held[name] != args[name]:
+                change = f"{name} {held[name]}, not {args[name]}"
+                raise InputError(f"{target} holds a run with {change}: remove it to replace it")
         runs[target] = folder, args | origin(args["script"], args.get("source", "")), scalars
     for target, (folder, args, scalars) in runs.items():
         target.mkdir(parents=True, exist_ok=True)
