@@ -213,10 +213,9 @@ def other_code(data: pd.DataFrame) -> list[str]:
     return [said] if data.run.str.endswith("†").any() else []
 
 
-def summary(data: pd.DataFrame, link: str) -> str:
-    """The README's first screen: FIRST's curves, and a short table of returns where PAIR ends."""
-    first = data[data.task.isin(FIRST)]
-    made = [f"![Mean return by environment step]({link}/first.png)"]
+def summary(data: pd.DataFrame) -> str:
+    """For the README's first screen: FIRST's returns where PAIR ends."""
+    first, made = data[data.task.isin(FIRST)], []
     for task, rows in first.groupby("task"):
         ends = rows[(rows.tag == "return") & rows.run.str.startswith(PAIR)]
         step = ends.groupby("run").step.max().min()
@@ -267,13 +266,7 @@ def figures_of(data: pd.DataFrame) -> dict:
     return figures | ({"training": (draw_training, scalars)} if len(scalars) else {})
 
 
-def included(name: str) -> str:
-    """The text of a file that another tool wrote into benchmarks/results/."""
-    path = ROOT / "benchmarks" / "results" / name
-    return path.read_text().strip() if path.exists() else "Not measured yet."
-
-
-def diff_text() -> str:
+def diff_text(_) -> str:
     """`diff mbpo.py mbpo_ftfl.py` without the hunks of the docstrings at the top."""
     options = {"cwd": ROOT, "capture_output": True, "text": True}
     lines = subprocess.run(["diff", "mbpo.py", "mbpo_ftfl.py"], **options).stdout
@@ -283,62 +276,37 @@ def diff_text() -> str:
     return f"```diff\n{''.join(shown)}```"
 
 
-def runs_text(data: pd.DataFrame, link: str) -> str:
-    """Tables of runs and their figures, which lie under `link`."""
-    text = f"""\
-![Mean return by environment step, one panel per task]({link}/curves.png)
-
-Mean return at an environment step, and at the last of these the mean critic bias (see "What
-TensorBoard shows"), with [95 % bootstrap interval over seeds; - for one seed]. Published: mean ±
-standard deviation over seeds. In the figure, lines are means over seeds, bands their intervals, and
-points are published.
-
-{tables(data)}"""
-    if "training" in figures_of(data):
-        text += f"\n\n![Critic bias and model fit by environment step]({link}/training.png)"
-    return text
+PARTS = {"summary": summary, "results": tables, "diff": diff_text, "diffs": lambda _: diffs_table()}
 
 
-def generated(data: pd.DataFrame) -> dict[Path, dict[str, str]]:
-    """By README of this repository and name in its markers, what stands between them."""
-    link = "results/figures"
-    return {
-        ROOT / "README.md": {
-            "summary": summary(data, f"benchmarks/{link}"),
-            "needed": included("updates_needed/summary.md"),
-            "timing": included("readme_commands.md"),
-            "diff": diff_text(),
-        },
-        ROOT / "benchmarks" / "README.md": {
-            "results": runs_text(data, link),
-            "mechanism": included("mechanism/summary.md"),
-            "throughput": included("throughput/cpu.md"),
-            "throughput-gpu": included("throughput/cuda.md"),
-            "variants": included("throughput/variants_cpu.md"),
-            "many-seeds": included("throughput/many_seeds_cpu.md"),
-            "diffs": diffs_table(),
-        },
-    }
+def filled(text: str, data: pd.DataFrame) -> str:
+    """A README with what stands between <!-- name --> and <!-- /name --> made anew.
+
+    A name that is not in PARTS is that of a file in benchmarks/results/, which another tool wrote.
+    """
+
+    def part(found: re.Match) -> str:
+        begin, name, end = found.groups()
+        file = ROOT / "benchmarks" / "results" / f"{name}.md"
+        if name not in PARTS:
+            made = file.read_text().strip() if file.exists() else "Not measured yet."
+        else:
+            made = PARTS[name](data)
+        return f"{begin}{made}\n{end}"
+
+    return re.sub(r"(<!-- (\S+) -->\n).*?(<!-- /\2 -->)", part, text, flags=re.S)
 
 
 def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     """The documents on a folder of runs, and the text that each should have.
 
-    For our own results these are the two READMEs, new between their markers; else report.md there.
+    For our own results these are the two READMEs; else report.md there.
     """
     if results.resolve() != ROOT / "benchmarks" / "results":
-        return {results / "report.md": runs_text(data, "figures") + "\n"}
-    texts = {}
-    for path, parts in generated(data).items():
-        texts[path] = path.read_text()
-        for name, part in parts.items():
-            before, begin, rest = texts[path].partition(f"<!-- {name} -->\n")
-            _, end, after = rest.partition(f"<!-- /{name} -->")
-            if not end:
-                needed = f"the markers <!-- {name} --> and <!-- /{name} -->"
-                raise InputError(f"{path} needs {needed}")
-            texts[path] = f"{before}{begin}{part}\n{end}{after}"
-    return texts
+        figures = "\n".join(f"![{name}](figures/{name}.png)" for name in figures_of(data))
+        return {results / "report.md": f"{figures}\n\n{tables(data)}\n"}
+    readmes = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+    return {path: filled(path.read_text(), data) for path in readmes}
 
 
 def write(results: Path, data: pd.DataFrame) -> None:
@@ -367,7 +335,10 @@ def record(folders: tuple[Path, ...], results: Path) -> None:
         if last + args["eval_frequency"] <= end:
             raise InputError(f"{folder} is at step {last:,} of {end:,}: --resume it to its end")
         target = results / folder.resolve().name
-        held, free = read_run(target)[0] if target.exists() else {}, {"run_root", "resume", "source"}
+        held, free = (
+            read_run(target)[0] if target.exists() else {},
+            {"run_root", "resume", "source"},
+        )
         for name in sorted((held.keys() & args.keys()) - free):
             if held[name] != args[name]:
                 change = f"{name} {held[name]}, not {args[name]}"
