@@ -141,7 +141,7 @@ def read_errors(out: Path, parts: dict[str, str], of_runs: str) -> pd.DataFrame:
     run = fits.data.where(fits.data != "random")
     several = run.groupby(fits.task).transform("nunique") > 1
     source = np.where(several, of_runs + " (" + fits.data + ")", of_runs)
-    step = np.where(fits.lr == STEP, "", ", Adam's step size " + fits.lr)
+    step = np.where(fits.lr == STEP, "", ", lr " + fits.lr)
     fits["data set"] = fits.task + ", " + np.where(run.isna(), "random policy", source) + step
     fits["policy"] = np.where(run.isna(), "random", "trained")
     used = [word for cell, word in CELLS.items() if cell in {*fits.cell}]
