@@ -387,7 +387,7 @@ def test_data_sets_have_words(tmp_path):
         f"{POLE}, random policy",
         f"{POLE}, along training (one__sac__1)",
         f"{POLE}, along training (two__sac__1)",
-        "Hopper-v5, along training, Adam's step size 0.0003",
+        "Hopper-v5, along training, lr 0.0003",
     }
 
 
