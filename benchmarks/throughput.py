@@ -146,7 +146,7 @@ def write(frame: pd.DataFrame, options: Options) -> str:
     path.with_suffix(".md").write_text(text)
     bars = {"x": "task", "y": "rate", "hue": "who", "col": "kind", "sharex": False, "sharey": False}
     bars |= {"kind": "bar", "estimator": "median", "errorbar": ("pi", 100)}
-    grid = sns.catplot(frame.replace({"kind": KINDS}).dropna(subset="rate"), **bars)
+    grid = sns.catplot(frame.replace({"kind": KINDS}).fillna({"rate": 0}), **bars)
     grid.set_titles("{col_name} per second").set_axis_labels("", "").tick_params("x", rotation=20)
     grid.figure.suptitle(title, y=1.02)
     grid.savefig(path.with_suffix(".png"))

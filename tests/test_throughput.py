@@ -170,7 +170,7 @@ def test_contenders_that_fail(names, tmp_path, monkeypatch):
         (["--out", "/dev/null/x"], "Not a directory"),
         (["--rounds", "0"], "--rounds"),
         (["--variants", "--only", "steps"], "--variants"),
-        (["--pythons", "pets", "python"], "pets"),
+        (["--pythons", "pets", "python"], "--pythons"),
     ],
 )
 def test_bad_input_is_one_line(words, said, monkeypatch):
