@@ -1,5 +1,6 @@
 """mbrl-lib's SAC, ensemble and rollouts, called as in its mbpo.py, with the sizes of ours."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,10 @@ from mbrl.planning.sac_wrapper import SACAgent
 from mbrl.third_party.pytorch_sac_pranz24.sac import SAC
 from mbrl.util import ReplayBuffer
 from mbrl.util.replay_buffer import BootstrapIterator
-from peers.serve import BATCH, FILLED, UPDATES, Sized, serve, setting
+from peers.serve import BATCH, FILLED, UPDATES, Sized, serve, start
 
-SETTING = setting()
-OBS, ACTION, DEVICE = SETTING["obs"], SETTING["action"], torch.device(SETTING["device"])
+SETTING = start()
+OBS, ACTION, DEVICE = SETTING.obs, SETTING.action, torch.device(SETTING.device)
 SPACES = Sized(OBS, ACTION)
 
 
@@ -37,22 +38,16 @@ def sac_agent() -> SAC:
 
 def ensemble() -> OneDTransitionRewardModel:
     """Seven networks of four layers of 200, of which five are elites, with scaled inputs."""
-    activation, sizes = {"_target_": "torch.nn.SiLU"}, {"num_layers": 4, "hid_size": 200}
-    sizes |= {"ensemble_size": 7, "propagation_method": "random_model"}
-    net = GaussianMLP(OBS + ACTION, OBS + 1, DEVICE, activation_fn_cfg=activation, **sizes)
+    sizes = {"ensemble_size": 7, "num_layers": 4, "hid_size": 200}
+    how = {"propagation_method": "random_model", "activation_fn_cfg": {"_target_": "torch.nn.SiLU"}}
+    net = GaussianMLP(OBS + ACTION, OBS + 1, DEVICE, **sizes, **how)
     return OneDTransitionRewardModel(net, target_is_delta=True, normalize=True, num_elites=5)
 
 
 def sac():
     """20 updates of SAC."""
-    agent, memory = sac_agent(), filled(FILLED)
-
-    def once() -> int:
-        for i in range(UPDATES):
-            agent.update_parameters(memory, BATCH, i, reverse_mask=True)
-        return UPDATES
-
-    return once
+    update = partial(sac_agent().update_parameters, filled(FILLED), BATCH, reverse_mask=True)
+    return UPDATES, lambda: [update(updates=i) for i in range(UPDATES)]
 
 
 def model():
@@ -61,11 +56,7 @@ def model():
     net.update_normalizer(data)
     batches = BootstrapIterator(data, BATCH, 7, shuffle_each_epoch=True)
     optimizer = ModelTrainer(net, optim_lr=1e-3, weight_decay=1e-5).optimizer
-
-    def once() -> int:
-        return len([net.update(batch, optimizer) for batch in batches])
-
-    return once
+    return 32, lambda: [net.update(batch, optimizer) for batch in batches]
 
 
 def rollout():
@@ -74,12 +65,8 @@ def rollout():
     net.update_normalizer(memory.get_all())
     net.set_elite(range(5))
     world, agent = ModelEnv(SPACES, net, no_termination), SACAgent(sac_agent())
-
-    def once() -> int:
-        rollout_model_and_populate_sac_buffer(world, memory, agent, synthetic, True, 1, 400)
-        return 400
-
-    return once
+    given = world, memory, agent, synthetic, True, 1, 400
+    return 400, lambda: rollout_model_and_populate_sac_buffer(*given)
 
 
-serve({"sac": sac, "model": model, "rollout": rollout}, "mbrl")
+serve("mbrl", *{"sac": sac, "model": model, "rollout": rollout}[SETTING.kind]())

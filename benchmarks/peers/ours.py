@@ -1,132 +1,100 @@
-"""Our updates and rollouts as train() compiles them, whole runs of train(), the products alone."""
+"""Our updates, rollouts and steps as a script's train() makes them, or with one thing changed."""
 
 import sys
 import tempfile
-import time
 from functools import partial
 
 import torch
 from common import load_script
-from peers.serve import channel, serve, setting
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
-from updates import FIT_EVERY, FIT_UPDATES, Updates, as_shipped, short_run, watched_steps
+from peers.serve import serve, start
+from runs import FIT_EVERY, Held, short_run
+from torch import Tensor, nn
+
+GRAPH = 4  # updates in a longer graph
+DEFAULT, UNMARKED = "products by torch's default", "addresses not marked as fixed"
+BESIDE, LONGER = "new state beside the old", f"{GRAPH} updates in one graph"
+UNCOMPILED, SEPARATE = "uncompiled", "critics one after the other"
+VARIANTS = ["as shipped", DEFAULT, UNMARKED, BESIDE, LONGER, UNCOMPILED, SEPARATE]
+FITS = {"updates_per_step": 1, "model_train_frequency": 1, "model_updates": 200}
+RUNS = {  # by kind: script, settings, steps that are measured together, what is done in them
+    "sac": ("sac.py", {"updates_per_step": 100}, 1, 100),
+    "model": ("mbpo_ftfl.py", FITS | {"learning_starts": 2000}, 1, 200),
+    "rollout": ("mbpo_ftfl.py", {}, 1, 400),
+}
 
 
-class Products(TorchDispatchMode):
-    """Takes down the shapes of the matrix products made meanwhile."""
+class SeparateCritics(nn.ModuleList):
+    """The twin critics [2, B] as two networks, one after the other."""
 
-    def __init__(self):
-        super().__init__()
-        self.shapes = []  # of both factors
+    def __init__(self, mlp, obs_dim: int, action_dim: int):
+        super().__init__(mlp(obs_dim + action_dim, 1) for _ in range(2))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(func.overloadpacket.__name__)
-        if first is not None:
-            self.shapes.append(tuple(tuple(x.shape) for x in args[first : first + 2]))
-        return func(*args, **kwargs or {})
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([obs, action], -1)
+        return torch.stack([q(x).squeeze(-1) for q in self])
 
 
-def products(kind: str, obs_dim: int, action_dim: int) -> tuple[list, int]:
-    """Shapes of the products in one update, and its floating-point operations."""
-    script, sizes = load_script("mbpo_ftfl.py"), (obs_dim, action_dim)
-    build = partial(partial, script.in_place)
-    work = Updates(script, script.Args(), sizes, "cpu", build, count=1)
-    once = getattr(work, kind)()
-    with FlopCounterMode(display=False) as counter, Products() as seen:
-        once()
-    return seen.shapes, counter.get_total_flops()
+def several(function, state: dict, *inputs, **settings) -> tuple:
+    """GRAPH updates on the same inputs, as one."""
+    for _ in range(GRAPH):
+        state, metrics = function(state, *inputs, **settings)
+    return state, metrics
 
 
-def ceiling(shapes: list, device: str):
-    """The products of an update alone, from memory at hand, each in the fastest of three ways."""
-    fastest = []
-    for one, other in shapes:
-        x, y = torch.randn(one, device=device), torch.randn(other, device=device)
-        turned, multiply = y.mT.contiguous(), torch.bmm if x.ndim == 3 else torch.mm
-        ways = [partial(multiply, x, z, out=x @ y) for z in (y, turned.mT)]
-        if device == "cpu" and torch.backends.mkldnn.is_available():  # oneDNN, as in compiled code
-            linear = partial(torch.ops.mkldnn._linear_pointwise, B=None, attr="none")
-            linear = partial(linear, scalars=[], algorithm="")
-            pairs = [*zip(x, turned, strict=True)] if x.ndim == 3 else [(x, turned)]
-            ways.append(lambda f=linear, pairs=pairs: [f(a, b) for a, b in pairs])
-        threads = {"num_threads": torch.get_num_threads()}
-        times = [Timer("f()", globals={"f": way}, **threads).timeit(20).median for way in ways]
-        fastest.append(ways[times.index(min(times))])
-
-    def once() -> int:
-        for way in fastest:
-            way()
-        return 1
-
-    if device != "cuda":
-        return once
-    once()
-    graph = torch.cuda.CUDAGraph()  # without the time to launch them
-    with torch.cuda.graph(graph):
-        once()
-    return lambda: graph.replay() or 1
+def compile_alone(jit, function: partial, **how):
+    """Compiles what in_place calls without in_place, which copies afterwards."""
+    if not how:  # it is not an update
+        return jit(function)
+    return partial(function.func, jit(partial(*function.args, **function.keywords)))
 
 
-def environment(env_id: str):
-    """Steps of the environment alone, with random actions."""
-    env = load_script("mbpo_ftfl.py").make_env(env_id)
-    env.reset(seed=0)
+def change(script, variant: str) -> None:
+    """Changes the one thing in the script, or in torch, that a variant differs in."""
+    if variant == DEFAULT:
+        torch.set_float32_matmul_precision = lambda precision: None
+    if variant == UNMARKED:
+        torch._dynamo.mark_static_address = lambda tensor: None
+    if variant == SEPARATE:
+        script.Critic = partial(SeparateCritics, script.mlp)
+    if variant == BESIDE:
+        setup_torch = script.setup_torch
+        script.setup_torch = lambda *given: partial(compile_alone, setup_torch(*given))
+    if variant == LONGER:
+        for name in {"sac_update", "model_update"} & vars(script).keys():
+            setattr(script, name, partial(several, getattr(script, name)))
 
-    def once() -> int:
-        _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        if terminated or truncated:
-            env.reset()
-        return 1
 
-    return once
+def run(task) -> None:
+    """Does what start() tells; the main thread trains, as CUDA graphs want it, another serves."""
+    name, settings, steps, amount = RUNS.get(task.kind, (task.task, {}, FIT_EVERY, FIT_EVERY))
+    script = load_script(name)
+    change(script, task.who)
+    args = script.Args(env_id=task.env_id, device=task.device, compile=task.who != UNCOMPILED)
+    amount *= GRAPH if task.who == LONGER else 1
+    server = Held(lambda: sys.exit(serve("torch", amount, lambda: server.hold("go on"))))
+    check_finite, rollout = script.check_finite, getattr(script, "rollout", None)
 
+    def check(step: int, **quantities) -> None:
+        """check_finite, which train() calls with every action; holds the run between turns."""
+        check_finite(step, **quantities)
+        learnt = step - args.learning_starts - 1  # steps since the first updates
+        if "action" in quantities and learnt >= 0 and learnt % steps == 0:
+            server.resume()
 
-def serve_steps(name: str, env_id: str, device: str) -> None:
-    """Serves environment steps of a whole run, which is held before a step in between.
+    def rollouts(*given) -> None:
+        """The run's first rollout, over and over."""
+        buffer = script.ReplayBuffer(400_000, task.obs, task.action, torch.device(args.device))
+        while True:
+            server.resume()
+            buffer.add(rollout(*given))
 
-    A turn has whole periods of fits; the first, without a count, ends with the first fit.
-    """
-    script, step, start = load_script(f"{name}.py"), 0, 0
-    requests, answer = channel()
-    request, began = next(requests), time.perf_counter()
-
-    def on_step() -> None:
-        nonlocal request, step, start, began
-        step += 1
-        learnt = step - args.learning_starts - 1  # steps since the first fit
-        if learnt < 0 or learnt % FIT_EVERY:
-            return
-        if start and time.perf_counter() - began < request["seconds"]:
-            return
-        count, updates = step - start if start else 0, FIT_UPDATES // FIT_EVERY
-        facts = {"count": count, "sac_updates": count * args.updates_per_step}
-        facts["model_updates"] = count * updates if hasattr(script, "model_update") else 0
-        answer(seconds=time.perf_counter() - began, version=torch.__version__, **facts)
-        request = next(requests, None) or sys.exit()
-        start, began = step, time.perf_counter()
-
-    with tempfile.TemporaryDirectory() as folder, watched_steps(script, on_step):
-        args = short_run(script.Args(env_id=env_id, device=device, run_root=folder))
+    script.check_finite = check
+    if task.kind == "rollout":
+        script.rollout = rollouts
+    with tempfile.TemporaryDirectory() as folder:
+        args = short_run(args, run_root=folder, **settings)
         script.train(args)
 
 
-def main() -> None:
-    """Serves what the command line asks for."""
-    task = setting()
-    env_id, device, sizes = task["env_id"], task["device"], (task["obs"], task["action"])
-    if "script" in task:
-        return serve_steps(task["script"], env_id, device)
-    script = load_script("mbpo_ftfl.py")
-    jit = script.setup_torch(script.Args(), torch.device(device))
-    work = Updates(script, script.Args(), sizes, device, as_shipped(script, jit))
-    setups = {"sac": work.sac, "model": work.model, "rollout": partial(work.rollout, jit)}
-    setups["env"] = partial(environment, env_id)
-    for kind in ("sac", "model"):
-        setups[f"{kind} products"] = lambda kind=kind: ceiling(products(kind, *sizes)[0], device)
-    serve(setups, "torch")
-
-
 if __name__ == "__main__":
-    main()
+    run(start())
