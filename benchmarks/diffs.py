@@ -28,12 +28,10 @@ def patched(script: str, diff: Path, root: Path = ROOT) -> str | None:
 
 def source_of(name: str, root: Path = ROOT) -> str:
     """The text of a script as it is today, or of a patched one by its name; "" if there is none."""
-    if (root / name).is_file():
-        return (root / name).read_text()
     for script, diff in itertools.product(SCRIPTS, DIFFS):
         if name == f"{script}_{diff.stem}.py":
             return patched(script, diff, root) or ""
-    return ""
+    return (root / name).read_text() if (root / name).is_file() else ""
 
 
 def changed_lines(diff: Path) -> int:

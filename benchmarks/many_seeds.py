@@ -2,9 +2,8 @@
 
     python benchmarks/many_seeds.py sac.py --seeds 1 2 3 4 --env-id dmc/walker-run
     python benchmarks/many_seeds.py mbpo_ftfl.py --seeds 1 2 3 4 --resume
-    python benchmarks/many_seeds.py mbpo_ftfl.py --measure 1 8 32 --env-id dmc/humanoid-walk
 
-After --seeds or --measure all flags of the script may follow but --seed and --track. Each run is
+After --seeds all flags of the script may follow but --seed and --track. Each run is
 the script's own train() in a thread of its own, and writes the run folder that a single run of its
 seed writes, up to rounding: products of stacked matrices are summed in another order. Single runs
 can be taken up here with --resume, and the other way round; seconds in eval.csv are those of all.
@@ -12,9 +11,7 @@ It is for GPUs, which one run is expected to leave idle; on a CPU start runs sid
 """
 
 import sys
-import tempfile
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import pandas as pd
 import torch
 import tyro
-from common import RESULTS, InputError, load_script, load_task, markdown, parse, run_tool
-from runs import FIT_EVERY, Held, short_run
+from common import InputError, load_script, load_task, parse, run_tool
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
+
+from runs import Held
 
 # Fits go first: a run whose fit ends early waits for the others, and all stay in step.
 ORDER = ["model_update", "model_step", "sac_update"]
@@ -42,7 +39,7 @@ class ManySeeds:
     of stacked tensors. As one thread goes on at a time, global state is as in a single run.
     """
 
-    def __init__(self, script, args, seeds: list[int]):
+    def __init__(self, script, args, seeds: tuple[int, ...]):
         self.script, self.args, self.device = script, args, torch.device(args.device)
         settings = [replace(args, seed=seed) for seed in seeds]
         for one in settings:
@@ -52,7 +49,6 @@ class ManySeeds:
         self.calls = defaultdict(list)  # inputs of each run's calls that are yet to be made
         self.functions, self.stacks = {}, {}  # by name: the joint function, the state of all runs
         self.states, self.homes = {}, {}  # a run's state in a stack; a tensor's stack
-        self.times = []  # when the SAC updates of each step were made
 
     def train(self) -> bool:
         """Trains all, to the end of the last; tells whether all got there."""
@@ -117,8 +113,6 @@ class ManySeeds:
             given |= zip(callers, inputs, strict=True)
             stacked = tree_map(self.stack, *given.values())
             result = self.functions[name](self.stacks[name], live, *stacked)
-        if name == "sac_update":
-            self.times.append(time.perf_counter())
         return {i: tree_map(lambda x, i=i: x[i], result) for i in callers}
 
     def compiled(self, function: Callable) -> Callable:
@@ -139,40 +133,20 @@ class ManySeeds:
         return homes[0] if found else torch.stack(tensors)
 
 
-def measure(script, args, counts: tuple[int, ...]) -> None:
-    """Writes a table of environment steps per second, after the first fit, summed over N seeds."""
-    steps, rows = FIT_EVERY * max(1, 200 // (FIT_EVERY * args.updates_per_step)), []
-    short = {"learning_starts": 300, "total_timesteps": 300 + steps, "buffer_size": 1000}
-    for n in counts:
-        with tempfile.TemporaryDirectory() as folder:
-            many = ManySeeds(script, short_run(args, run_root=folder, **short), range(n))
-            many.train()
-        row = {"device": args.device, "threads": torch.get_num_threads(), "script": script.__name__}
-        rate = n * steps / (many.times[-1] - many.times[0])
-        rows.append(row | {"task": args.env_id, "seeds": n, "steps_per_s": rate})
-    file, table = RESULTS / "throughput" / f"many_seeds_{args.device}.md", pd.DataFrame(rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(markdown(table) + "\n")
-    table.to_csv(file.with_suffix(".csv"), index=False, float_format="%.4g")
-    print(f"\n{markdown(table)}\n\n{file}")
-
-
 @dataclass
 class Options:
     script: tyro.conf.Positional[Path]  # sac.py, mbpo.py, ...
-    seeds: tuple[int, ...] = ()  # a run for each
-    measure: tuple[int, ...] = ()  # steps per second with so many seeds, instead of training
+    seeds: tuple[int, ...]  # a run for each
 
 
 def run(given: tuple[Options, list[str]]) -> None:
-    """Trains or measures, with what the command line has besides the options as the script's."""
+    """Trains, with what the command line has besides the options as the script's."""
     (options, words), path = given, given[0].script.resolve()
     flags = {word.split("=")[0] for word in words}
     ours = path.is_file() and "def sac_update(" in path.read_text(errors="replace")
     for wrong, message in [
         (not ours, f"{path} is not the path of one of the scripts, such as mbpo_ftfl.py"),
         (flags & {"--seed", "--track"}, "--seed and --track are for single runs: give --seeds"),
-        (bool(options.seeds) == bool(options.measure), "give --seeds 1 2 3, or --measure 1 2 4"),
         (len({*options.seeds}) < len(options.seeds), "--seeds must name each seed once"),
     ]:
         if wrong:
@@ -180,9 +154,7 @@ def run(given: tuple[Options, list[str]]) -> None:
     script = load_script(path)
     args = parse(script.Args, script.__doc__, words, prog=f"many_seeds.py {path.name}")
     load_task(args.env_id, path.parent)
-    if options.measure:
-        measure(script, args, options.measure)
-    elif not ManySeeds(script, args, list(options.seeds)).train():
+    if not ManySeeds(script, args, options.seeds).train():
         sys.exit(1)
 
 

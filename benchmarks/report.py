@@ -24,13 +24,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import diffs
 import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from common import RESULTS, ROOT, InputError, markdown, run_tool
-from diffs import source_of
-from diffs import table as diffs_table
 from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -98,7 +97,7 @@ def origin(script: str, source: str) -> dict:
     git = partial(subprocess.run, cwd=ROOT, capture_output=True)
     log = git(["git", "rev-list", "--all", "--", script]).stdout if shutil.which("git") else b""
     made = [(x, git(["git", "show", f"{x}:./{script}"]).stdout) for x in log.decode().split()]
-    for commit, text in [*made, (None, source_of(script, ROOT).encode())]:
+    for commit, text in [*made, (None, diffs.source_of(script, ROOT).encode())]:
         if hashlib.sha256(text).hexdigest() == source:
             return {"code": code_of(text.decode()), "commit": commit}
     return {}
@@ -107,7 +106,7 @@ def origin(script: str, source: str) -> dict:
 @cache
 def code_today(script: str) -> str:
     """What `code_of` makes of a script, or of a script and a diff, as they are now."""
-    return code_of(source_of(script, ROOT))
+    return code_of(diffs.source_of(script, ROOT))
 
 
 def load(results: Path) -> pd.DataFrame:
@@ -276,7 +275,7 @@ def diff_text(_) -> str:
     return f"```diff\n{''.join(shown)}```"
 
 
-PARTS = {"summary": summary, "results": tables, "diff": diff_text, "diffs": lambda _: diffs_table()}
+PARTS = {"summary": summary, "results": tables, "diff": diff_text, "diffs": lambda _: diffs.table()}
 
 
 def filled(text: str, data: pd.DataFrame) -> str:

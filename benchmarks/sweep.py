@@ -8,19 +8,16 @@ In a block of the grid every key but `scripts` is a flag, with its value as on t
 list is an axis. Keys above the blocks hold for all of them. All runs of one seed come before those
 of the next. Each run needs a folder of its own: exp-name tells apart those of one task and seed.
 
-    run-root = "runs/first"
     seed = [1, 2]
     [[grid]]
     scripts = ["mbpo.py", "mbpo_ftfl.py"]
-    env-id = ["dmc/walker-run", "dmc/hopper-stand"]
     updates-per-step = [10, 20]
-    rollout-schedule = "20000 100000 1 5"
     exp-name = "{script}_utd{updates-per-step}"
 
-The scripts' own checks see all of it before anything starts. A run's output is in its folder, in
-log.txt. After an interruption, a kill or a failure the same command goes on: it skips what is done
-and resumes the rest. The exit code is 1 if a run failed, and 2 for bad input. With --slurm the runs
-are queued as one array of jobs; a job out of time is queued again, and goes on where it was.
+The scripts' own checks see all of it before anything starts. A run's output is in its log.txt.
+After an interruption, a kill or a failure the same command goes on: it skips what is done and
+resumes the rest. The exit code is 1 if a run failed, and 2 for bad input. With --slurm the runs are
+queued as one array of jobs; a job out of time is queued again, and goes on where it was.
 """
 
 import fcntl
@@ -68,11 +65,7 @@ class Run:
     seed: int = 0
 
     def done(self) -> bool:
-        """Whether these very settings have run to exit code 0, which is what done.json records.
-
-        Neither eval.csv nor the checkpoint can tell: the last evaluation may come before the last
-        step, and a run may have no checkpoints.
-        """
+        """Whether these very settings have run to exit code 0, which is what done.json records."""
         file = self.folder / "done.json"
         return file.exists() and file.read_text() == self.settings
 

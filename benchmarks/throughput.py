@@ -1,6 +1,5 @@
 """What this machine does per second with our updates and runs, and with those of peers.
 
-    python benchmarks/throughput.py                           everything there is
     python benchmarks/throughput.py --only sac --peers sbx    SAC updates, beside sbx alone
     python benchmarks/throughput.py --pythons sbx ~/sbx/bin/python mbrl-lib ~/mbrl/bin/python
     python benchmarks/throughput.py --variants                what each choice in ours is worth
@@ -12,7 +11,7 @@ in another; one that is not installed there, or fails, is a line in the table. T
     pip install stable-baselines3==2.9.2 sbx-rl==0.28.0 jax
     pip install hydra-core==1.3.2 gymnasium matplotlib termcolor tqdm && pip install --no-deps mbrl
 
-Written after every round: [variants_]cpu.csv or cuda.csv, a line per turn; .md and .png from it.
+Written after every round: [variants_]cpu.csv or cuda.csv, a line per turn; .md from it.
 """
 
 import json
@@ -27,20 +26,19 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-import seaborn as sns
 import torch
 from common import RESULTS, ROOT, InputError, markdown, run_tool
-from matplotlib import pyplot as plt
 from peers.ours import VARIANTS
-from runs import FIT_EVERY, FIT_UPDATES
 from tqdm import tqdm
+
+from runs import FIT_EVERY, FIT_UPDATES
 
 KINDS = {"sac": "SAC updates", "model": "model updates"}
 KINDS |= {"rollout": "rollout transitions", "steps": "steps of a run"}
 MODULES = {"stable-baselines3": "stable", "sbx": "stable", "mbrl-lib": "mbrl_lib"}  # of the peers
 ALL, UPDATES = ("sac", "model", "rollout"), ("sac", "model")
 OFFERS = {"ours": ALL, "stable-baselines3": ("sac",), "sbx": ("sac",), "mbrl-lib": ALL}
-OFFERS |= dict.fromkeys(VARIANTS, UPDATES) | {"critics one after the other": ("sac",)}
+OFFERS |= dict.fromkeys(VARIANTS, UPDATES)
 SIZES = {"dmc/walker-run": {"obs": 24, "action": 6}, "dmc/humanoid-walk": {"obs": 67, "action": 21}}
 WALKER, SCRIPTS = "dmc/walker-run", ["sac", "mbpo", "mbpo_ftfl", "mbpo_residual_ablation"]
 DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
@@ -134,7 +132,7 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def write(frame: pd.DataFrame, options: Options) -> str:
-    """Writes CSV, table, and a chart of medians and ranges; returns the table."""
+    """Writes CSV and table; returns the latter."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     if options.device == "cpu" and (told := Path("/proc/cpuinfo")).exists():
         device = re.search(r"model name\s*: (.*)|$", told.read_text())[1] or device
@@ -144,13 +142,6 @@ def write(frame: pd.DataFrame, options: Options) -> str:
     path = options.out / f"{'variants_' if options.variants else ''}{options.device}"
     frame.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
     path.with_suffix(".md").write_text(text)
-    bars = {"x": "task", "y": "rate", "hue": "who", "col": "kind", "sharex": False, "sharey": False}
-    bars |= {"kind": "bar", "estimator": "median", "errorbar": ("pi", 100)}
-    grid = sns.catplot(frame.replace({"kind": KINDS}).fillna({"rate": 0}), **bars)
-    grid.set_titles("{col_name} per second").set_axis_labels("", "").tick_params("x", rotation=20)
-    grid.figure.suptitle(title, y=1.02)
-    grid.savefig(path.with_suffix(".png"))
-    plt.close(grid.figure)
     return text
 
 

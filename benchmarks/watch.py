@@ -1,8 +1,6 @@
 """Evaluates a run's saved policy on deterministic episodes, and films them.
 
-    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3
-    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --episodes 1 --video walker
-    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --seed 7    other episodes
+    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --episodes 1
 
 Without --seed these are the first episodes that training evaluates at the step of the checkpoint.
 Each episode is an .mp4 of its own, in the task's own time.
@@ -33,8 +31,7 @@ class Options:
 
 def open_run(run: Path) -> tuple:
     """A run's script, as a module, its Args, agent and step; InputError if there is none."""
-    file = run / "checkpoint.pt"
-    if not file.exists():
+    if not (file := run / "checkpoint.pt").exists():
         raise InputError(f"{run} holds no checkpoint.pt: no run, or one that has saved nothing yet")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -1,15 +1,11 @@
 """Many seeds at once: the same runs as one by one, whatever happens to one of them."""
 
-import itertools
 import shutil
 import signal
 import time
-from functools import partial
-from types import SimpleNamespace
 
 import many_seeds
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from helpers_model import flat
@@ -175,12 +171,11 @@ def test_what_goes_wrong_in_a_call_stops_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sac.py"], "--seeds 1 2 3"),
+        (["sac.py"], "--seeds"),
         (["README.md", "--seeds", "1"], "README.md"),
         (["sac.py", "--seeds", "1", "x"], "x"),
         (["sac.py", "--seeds", "1", "2", "1"], "each seed once"),
         (["sac.py", "--seeds", "1", "--seed=2"], "--seed and --track"),
-        (["sac.py", "--seeds", "1", "--measure", "2"], "or --measure"),
         (["sac.py", "--seeds", "1", "--gamma", "2"], "--gamma must be"),
         (["mbpo.py", "--seeds", "1", "--env-id", "dmc/walker-rum"], "dmc/walker-run"),
     ],
@@ -202,18 +197,3 @@ def test_one_folder_that_is_refused_stops_all_before_they_start(together, tmp_pa
     assert code == 2
     assert "go on with --resume" in one_error(err)
     assert listing(tmp_path) == before
-
-
-def test_measure_writes_a_table(tmp_path, monkeypatch):
-    """Environment steps per second, after the first fit, summed over seeds."""
-    clock = SimpleNamespace(perf_counter=partial(next, itertools.count()))  # a second for a step
-    monkeypatch.setattr(many_seeds, "RESULTS", tmp_path)
-    monkeypatch.setattr(many_seeds, "time", clock)
-    monkeypatch.setattr("runs.FIT_UPDATES", 5)
-    small = {"updates_per_step": 8, "ensemble_size": 2, "num_elites": 1}
-    words = flags(settings("mbpo_ftfl", tmp_path / "none", **small))
-    code, out, err = run_many(ROOT / "mbpo_ftfl.py", *words, "--measure", "2")
-    assert code == 0, err
-    assert (tmp_path / "throughput" / "many_seeds_cpu.md").read_text() in out
-    (row,) = pd.read_csv(tmp_path / "throughput" / "many_seeds_cpu.csv").to_dict("records")
-    assert (row["seeds"], row["steps_per_s"]) == (2, 2)

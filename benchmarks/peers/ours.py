@@ -7,31 +7,20 @@ from functools import partial
 import torch
 from common import load_script
 from peers.serve import serve, start
+
 from runs import FIT_EVERY, Held, short_run
-from torch import Tensor, nn
 
 GRAPH = 4  # updates in a longer graph
 DEFAULT, UNMARKED = "products by torch's default", "addresses not marked as fixed"
 BESIDE, LONGER = "new state beside the old", f"{GRAPH} updates in one graph"
-UNCOMPILED, SEPARATE = "uncompiled", "critics one after the other"
-VARIANTS = ["as shipped", DEFAULT, UNMARKED, BESIDE, LONGER, UNCOMPILED, SEPARATE]
+UNCOMPILED = "uncompiled"
+VARIANTS = ["as shipped", DEFAULT, UNMARKED, BESIDE, LONGER, UNCOMPILED]
 FITS = {"updates_per_step": 1, "model_train_frequency": 1, "model_updates": 200}
 RUNS = {  # by kind: script, settings, steps that are measured together, what is done in them
     "sac": ("sac.py", {"updates_per_step": 100}, 1, 100),
     "model": ("mbpo_ftfl.py", FITS | {"learning_starts": 2000}, 1, 200),
     "rollout": ("mbpo_ftfl.py", {}, 1, 400),
 }
-
-
-class SeparateCritics(nn.ModuleList):
-    """The twin critics [2, B] as two networks, one after the other."""
-
-    def __init__(self, mlp, obs_dim: int, action_dim: int):
-        super().__init__(mlp(obs_dim + action_dim, 1) for _ in range(2))
-
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], -1)
-        return torch.stack([q(x).squeeze(-1) for q in self])
 
 
 def several(function, state: dict, *inputs, **settings) -> tuple:
@@ -54,8 +43,6 @@ def change(script, variant: str) -> None:
         torch.set_float32_matmul_precision = lambda precision: None
     if variant == UNMARKED:
         torch._dynamo.mark_static_address = lambda tensor: None
-    if variant == SEPARATE:
-        script.Critic = partial(SeparateCritics, script.mlp)
     if variant == BESIDE:
         setup_torch = script.setup_torch
         script.setup_torch = lambda *given: partial(compile_alone, setup_torch(*given))
