@@ -2,8 +2,7 @@
 
     python benchmarks/time_readme.py && python benchmarks/report.py --write
 
-The first training command is stopped after the evaluation at step 10,000, which follows the random
-steps and the first fit. Writes benchmarks/results/readme_commands.md.
+The first is stopped at step 10,000, after the first fit. Writes results/readme_commands.md.
 """
 
 import os
