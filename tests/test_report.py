@@ -209,7 +209,7 @@ def test_what_is_generated_follows_from_the_files(tree, monkeypatch):
     assert "988" in readme.read_text()
     parts = {
         first: ("summary", "diff", "readme_commands", "updates_needed/summary"),
-        readme: ("results", "diffs"),
+        readme: ("results", "diffs", "updates_needed/summary"),
     }
     for file, part in [(file, part) for file, names in parts.items() for part in names]:
         current = file.read_text()
