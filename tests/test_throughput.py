@@ -97,7 +97,7 @@ def test_variants_differ_in_one_thing(monkeypatch):
 
 def test_ratios_are_taken_round_by_round():
     """Median and range of rates, and of the first one's over each in the same round; errors."""
-    rates = {"ours": [10, 40, 60], "sbx": [10, 10, 20], "mbrl-lib": [None] * 3}
+    rates = {"ours": [10, 40, 60], "sbx": [20, 10, 20], "mbrl-lib": [None] * 3}
     rows = [
         {"round": number, "kind": "sac", "task": WALKER, "who": who, "rate": rate}
         for who, values in rates.items()
@@ -108,7 +108,7 @@ def test_ratios_are_taken_round_by_round():
     lines = [[cell.strip() for cell in line.split("|")[3:-1]] for line in text.splitlines()]
     assert lines[0][4:] == ["ours over it", "its min", "its max", "error"]
     assert lines[2] == ["ours", "40", "10", "60", "1", "1", "1", ""]
-    assert lines[3] == ["sbx", "10", "10", "20", "3", "1", "4", ""]
+    assert lines[3] == ["sbx", "20", "10", "20", "3", "0.5", "4", ""]
     assert lines[4] == ["mbrl-lib", *[""] * 6, "not here"]
 
 
