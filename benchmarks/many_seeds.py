@@ -10,6 +10,8 @@ can be taken up here with --resume, and the other way round; seconds in eval.csv
 It is for GPUs, which one run is expected to leave idle; on a CPU start runs side by side.
 """
 
+import os
+import signal
 import sys
 import threading
 from collections import defaultdict
@@ -22,10 +24,9 @@ from unittest import mock
 import torch
 import tyro
 from common import InputError, load_script, load_task, parse, run_tool
+from held import Held
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
-
-from runs import Held
 
 # Fits go first: a run whose fit ends early waits for the others, and all stay in step.
 ORDER = ["model_update", "model_step", "sac_update"]
@@ -158,5 +159,12 @@ def run(given: tuple[Options, list[str]]) -> None:
         sys.exit(1)
 
 
+def interrupt(*_) -> None:
+    """Ends the process at once: what the runs have saved is whole, and --resume goes on there."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupt)
     run_tool(run, Options, __doc__, return_unknown_args=True)

@@ -199,10 +199,8 @@ def present(out: Path) -> None:
     parts = {q: each.groupby(["policy", "error of"]).agg(counted) for q, each in parts.items()}
     table = pd.DataFrame(parts).T.rename_axis("to ...")
     table.columns = [f"{part}, {policy} policy" for policy, part in table.columns]
-    text = (
-        f"On how many data sets it lowers the sampled error after {last.updates.max():,} updates\n"
-    )
-    text += f"(in brackets the median factor):\n\n{markdown(table.reset_index())}\n"
+    text = f"On how many data sets it lowers the sampled error after {max(last.updates):,} "
+    text += f"updates\n(in brackets the median factor):\n\n{markdown(table.reset_index())}\n"
     (out / "summary.md").write_text(text)
     (out / "tables.md").write_text(all_errors(errors) + "\n")
     for part, rows in errors.groupby("error of"):
@@ -217,11 +215,9 @@ def present_needed(out: Path) -> None:
     words = pd.concat(ratios, names=[PREDICTS]).groupby(index).agg(until)
     table = words.unstack().reindex(columns=SPEEDS.values())
     table["seeds"] = errors.groupby(index[:2], observed=True).seed.nunique()
-    text = (
-        "Updates until the sampled error is at most 10 % above that of predicting s' - s /\nuntil "
-    )
-    text += "it is more than 10 % below (in brackets: the last ratio), all at unit scale. Slow: "
-    text += "Var(s' - s) < 0.1 Var(s).\n\n"
+    text = "Updates until the sampled error is at most 10 % above that of predicting s' - s /\n"
+    text += "until it is more than 10 % below (in brackets: the last ratio), all at unit scale. "
+    text += "Slow: Var(s' - s) < 0.1 Var(s).\n\n"
     (out / "summary.md").write_text(f"{text}{markdown(table.reset_index())}\n")
     (out / "needed.md").write_text(all_errors(errors) + "\n")
     draw(errors, out / "needed.png")

@@ -28,10 +28,9 @@ from typing import Literal
 import pandas as pd
 import torch
 from common import RESULTS, ROOT, InputError, markdown, run_tool
+from held import FIT_EVERY, FIT_UPDATES
 from peers.ours import VARIANTS
 from tqdm import tqdm
-
-from runs import FIT_EVERY, FIT_UPDATES
 
 KINDS = {"sac": "SAC updates", "model": "model updates"}
 KINDS |= {"rollout": "rollout transitions", "steps": "steps of a run"}

@@ -6,9 +6,8 @@ from functools import partial
 
 import torch
 from common import load_script
+from held import FIT_EVERY, Held, short_run
 from peers.serve import serve, start
-
-from runs import FIT_EVERY, Held, short_run
 
 GRAPH = 4  # updates in a longer graph
 DEFAULT, UNMARKED = "products by torch's default", "addresses not marked as fixed"

@@ -27,12 +27,7 @@ class Held(threading.Thread):
     def resume(self, given=None):
         """Has hold() return `given`; returns what the function next holds with, None at its end."""
         self.given.put(given)
-        try:
-            told = self.told.get()
-        except KeyboardInterrupt:
-            self.told.get()  # Python can't end in the middle of what a thread does
-            raise
-        if isinstance(told, BaseException):
+        if isinstance(told := self.told.get(), BaseException):
             raise told
         return told
 
