@@ -169,6 +169,8 @@ def test_the_grids_are_those_of_the_recorded_runs():
     free = {"resume", "checkpoint_frequency", "device", "compile"}
     for file in (ROOT / "benchmarks" / "results").glob("*__*__*/args.json"):
         held = json.loads(file.read_text())
+        if not (ROOT / held["script"]).is_file():  # a patched one
+            continue
         asked = [json.loads(x.settings) for x in runs if x.folder.name == file.parent.name]
         same = [all(held.get(x) == ask[x] for x in ask.keys() - free) for ask in asked]
         assert held.get("code") != report.code_today(held["script"]) or any(same), file
