@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py benchmarks/grids/first_curves.toml --jobs 2
     python benchmarks/sweep.py GRID.toml --dry-run     checks the grid and prints its commands
+    python benchmarks/sweep.py GRID.toml --together    seeds as one process, for GPUs (many_seeds.py)
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
 In a block of the grid every key but `scripts` is a flag, with its value as on the command line; a
@@ -29,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -52,6 +54,7 @@ class Options:
     jobs: int | None = None  # runs at a time; by default one per core, on a cluster all
     dry_run: bool = False  # print the commands, and start nothing
     slurm: str | None = None  # queue the runs on SLURM, with these options of sbatch
+    together: bool = False  # make one run of those that differ in the seed alone, by many_seeds.py
     only: int | None = None  # this run alone, by its place among the commands of --dry-run, from 0
 
 
@@ -63,11 +66,13 @@ class Run:
     folder: Path
     settings: str  # as in args.json, but for run_root and source
     seed: int = 0
+    others: tuple["Run", ...] = ()  # runs that the same child does
 
     def done(self) -> bool:
         """Whether these very settings have run to exit code 0, which is what done.json records."""
         file = self.folder / "done.json"
-        return file.exists() and file.read_text() == self.settings
+        done = file.exists() and file.read_text() == self.settings
+        return done and all(run.done() for run in self.others)
 
     def __call__(self, children: set[subprocess.Popen]) -> str:
         """Runs to the end, whatever has begun already; returns what failed."""
@@ -85,7 +90,8 @@ class Run:
             if code := child.wait():
                 log.seek(0)
                 return f"exit code {code}: {log.read().strip().splitlines()[-1]}"
-        (self.folder / "done.json").write_text(self.settings)
+        for run in (self, *self.others):
+            (run.folder / "done.json").write_text(run.settings)
         return ""
 
 
@@ -112,7 +118,9 @@ def queue(numbers: list[int], root: Path, options: Options) -> None:
     command = ["sbatch", f"--job-name={options.grid.stem}", f"--output={root}/slurm-%A_%a.txt"]
     command += [f"--array={','.join(map(str, numbers))}{at_once}", "--requeue"]
     command += ["--open-mode=append", "--signal=B:USR1@60", *shlex.split(options.slurm)]
-    job = JOB.format(command=shlex.join([sys.executable, __file__, str(options.grid)]))
+    command_of = [sys.executable, __file__, str(options.grid)]
+    command_of += ["--together"] if options.together else []
+    job = JOB.format(command=shlex.join(command_of))
     try:
         asked = subprocess.run(command, input=job, capture_output=True, text=True)
     except FileNotFoundError:
@@ -150,16 +158,30 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
             flags["exp-name"] = str(flags["exp-name"]).format_map(named)
         except (AttributeError, LookupError, ValueError) as error:
             raise InputError(f"exp-name {flags['exp-name']}: no flag {error} here") from None
+    seed = words("seed", flags.pop("seed", script.Args.seed))
     given = list(itertools.chain.from_iterable(itertools.starmap(words, flags.items())))
     given = ["--run-root", str(root), "--resume", *given]
-    args = parse(script.Args, "", given)
+    args = parse(script.Args, "", [*given, *seed])
     here = options.slurm is None  # or jobs may have what this machine lacks
     script.check_args(args if here else replace(args, device="cpu", capture_video=False))
     check_task(script, args.env_id, getattr(args, "never_terminates", False))
     settings = {"script": Path(name).name} | asdict(args)
     del settings["run_root"]  # what is done may be moved
-    command = sys.executable, str(ROOT / name), *given
+    command = sys.executable, str(ROOT / name), *given, "--seed", str(args.seed)
     return Run(command, script.run_folder(args), json.dumps(settings), args.seed)
+
+
+def joined(runs: list[Run]) -> list[Run]:
+    """The runs that differ in the seed alone as one each, which many_seeds.py does."""
+    groups, tool = defaultdict(list), str(ROOT / "benchmarks" / "many_seeds.py")
+    for run in runs:
+        groups[run.command[:-1]].append(run)  # all but the seed
+    made = []
+    for (python, *words, _), (first, *others) in groups.items():
+        seeds = [str(run.seed) for run in (first, *others)]
+        command = python, tool, *words, "--seeds", *seeds
+        made.append(replace(first, command=command, others=tuple(others)))
+    return made
 
 
 def read_grid(options: Options) -> list[Run]:
@@ -185,7 +207,8 @@ def read_grid(options: Options) -> list[Run]:
                 runs[run.folder] = run
     except (OSError, ValueError) as error:
         raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
-    return sorted(runs.values(), key=lambda run: run.seed)
+    made = sorted(runs.values(), key=lambda run: run.seed)
+    return joined(made) if options.together else made
 
 
 def sweep(options: Options) -> None:
