@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py benchmarks/grids/first_curves.toml --jobs 2
     python benchmarks/sweep.py GRID.toml --dry-run     checks the grid and prints its commands
-    python benchmarks/sweep.py GRID.toml --together    seeds as one process, for GPUs (many_seeds.py)
+    python benchmarks/sweep.py GRID.toml --together    all seeds in one process, for GPUs
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
 In a block of the grid every key but `scripts` is a flag, with its value as on the command line; a
