@@ -49,6 +49,7 @@ class Options:
     write: bool = False  # renew the document and the figures
     check: bool = False  # name documents that are out of date
     record: tuple[Path, ...] = ()  # run folders to copy into the folder of results
+    unfinished: bool = False  # record runs that were cut off as well, as far as they got
     results: Path = RESULTS  # folder of runs
 
 
@@ -124,7 +125,7 @@ def load(results: Path) -> pd.DataFrame:
         made = args if "code" in args else origin(args["script"], args.get("source", ""))
         mark = "" if made.get("code") == code_today(args["script"]) else " †"
         names = {"task": args["env_id"], "run": title, "seed": args["seed"], "mark": mark}
-        frames.append(frame.assign(**names, length=args["total_timesteps"]))
+        frames.append(frame.assign(**names, length=evaluations.step.max()))
     if not frames:
         raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
     data = pd.concat(frames, ignore_index=True)
@@ -196,10 +197,10 @@ def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
 
 
 def tables(data: pd.DataFrame) -> str:
-    """A table for every task, next to half and all of the length of each run; what † means."""
+    """A table for every task, at the steps where runs end and half of the last; what † means."""
     made = []
     for task, rows in data.groupby("task"):
-        marks = [mark for length in rows.length.unique() for mark in (length / 2, length)]
+        marks = [rows.length.max() / 2, *rows.length.unique()]
         known = rows.step[rows.tag == "return"]
         steps = {min(known, key=lambda step: abs(step - mark)) for mark in marks}
         made.append(table(task, rows, sorted(steps)))
@@ -323,22 +324,20 @@ def stale(results: Path, data: pd.DataFrame) -> list[Path]:
     return [path for path in texts if not path.exists() or path.read_text() != texts[path]]
 
 
-def record(folders: tuple[Path, ...], results: Path) -> None:
-    """Copies finished runs into a folder of results; all are read before any is written."""
+def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -> None:
+    """Copies runs into a folder of results; all are read before any is written."""
     runs = {}
     for folder in folders:
         args, evaluations, _ = read_run(folder)
         last, end = evaluations.step.max(), args["total_timesteps"]
         if (scalars := read_events(folder)).empty:
             raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
-        if last + args["eval_frequency"] <= end:
-            raise InputError(f"{folder} is at step {last:,} of {end:,}: --resume it to its end")
+        if last + args["eval_frequency"] <= end and not unfinished:
+            remedy = "--resume it to its end, or record it --unfinished"
+            raise InputError(f"{folder} is at step {last:,} of {end:,}: {remedy}")
         target = results / folder.resolve().name
-        held, free = (
-            read_run(target)[0] if target.exists() else {},
-            {"run_root", "resume", "source"},
-        )
-        for name in sorted((held.keys() & args.keys()) - free):
+        held = read_run(target)[0] if target.exists() else {}
+        for name in sorted((held.keys() & args.keys()) - {"run_root", "resume", "source"}):
             if held[name] != args[name]:
                 change = f"{name} {held[name]}, not {args[name]}"
                 raise InputError(f"{target} holds a run with {change}: remove it to replace it")
@@ -356,7 +355,7 @@ def report(options: Options) -> None:
     if options.write + options.check + bool(options.record) > 1:
         raise InputError("give one of --write, --check and --record")
     if options.record:
-        return record(options.record, options.results)
+        return record(options.record, options.results, options.unfinished)
     data = load(options.results)
     if options.write:
         return write(options.results, data)
