@@ -201,8 +201,8 @@ def test_what_is_generated_follows_from_the_files(tree, monkeypatch):
     readme = tree / "benchmarks/README.md"
     assert main("--write", "--results", results) == (0, "", "")
     assert main("--check", "--results", results) == (0, "", "")
-    assert "| 24.3 ± 4.6" in readme.read_text()
-    alter(results / "dmc-walker-run__sac_utd10__1/eval.csv", 1, "987.5")
+    assert "| 24.6 ± 3.8" in readme.read_text()
+    alter(results / "dmc-walker-run__mbpo_ftfl__1/eval.csv", 1, "987.5")
     found = "".join(f"{path} is out of date: give --write\n" for path in (first, readme))
     assert main("--check", "--results", results) == (1, found, "")
     assert main("--write", "--results", results)[0] == 0
@@ -270,6 +270,17 @@ def test_record_copies_a_run(trained, tmp_path):
         assert recorded.step.tolist() == [step for step, _ in events]
         assert recorded.value.tolist() == [float(f"{value:.6g}") for _, value in events]
     assert main("--results", tmp_path / "results")[1] == main("--results", trained.parent)[1]
+
+
+def test_record_takes_a_run_that_was_cut_off(trained, tmp_path):
+    """Only if asked to; its table ends where it ended."""
+    folder = damaged(trained, tmp_path, "eval.csv", "step,mean\n0,4\n40,5\n")
+    words = "--record", folder, "--results", tmp_path / "results"
+    assert main(*words)[0] == 2
+    assert main(*words, "--unfinished")[0] == 0
+    said = main("--results", tmp_path / "results")[1]
+    assert "return at 40" in said
+    assert "return at 80" not in said
 
 
 def damaged(trained, tmp_path, file: str, text: str | None):

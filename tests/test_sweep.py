@@ -10,10 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import report
 import sweep
-from helpers_run import ROOT, folder_of, listing, one_error, read_checkpoint, small
+from helpers_run import (
+    ROOT,
+    folder_of,
+    listing,
+    one_error,
+    read_checkpoint,
+    read_evaluations,
+    small,
+)
 from helpers_tools import assert_equal_runs, call
 
 SEEDS, TOTAL = [1, 2], 150
@@ -71,6 +80,24 @@ def test_a_grid_runs_and_is_not_run_twice(undisturbed):
     assert listing(file.parent) == before
     longer = grid(file.parent, block("sac", seed=SEEDS, total_timesteps=2 * TOTAL))
     assert [run.done() for run in sweep.read_grid(sweep.Options(longer))] == [False, False]
+
+
+def test_seeds_together_are_one_process(undisturbed, tmp_path):
+    """A run for every setting but the seed, and in every folder what a run of its own leaves."""
+    blocks = block("sac", seed=SEEDS), block("sac", seed=SEEDS, gamma=0.9, exp_name="short")
+    file = grid(tmp_path, *blocks)
+    alone, both = sweep.read_grid(sweep.Options(file, together=True))
+    assert (alone.command[-3:], len(both.others)) == (("--seeds", "1", "2"), 1)
+    code, out, err = run_sweep(file, "--together", "--only", 0)
+    assert (code, out) == (0, "1 of 1 runs are done\n"), err
+    for folder in (folder_of(tmp_path / "runs", "sac", seed=seed) for seed in SEEDS):
+        twin = undisturbed[0].parent / "runs" / folder.name
+        numbers = [np.array(read_evaluations(x)[1:], float) for x in (folder, twin)]
+        np.testing.assert_allclose(*numbers, rtol=1e-2)
+    assert [run.done() for run in sweep.read_grid(sweep.Options(file))] == [True, False] * 2
+    assert (alone.done(), both.done()) == (True, False)
+    (alone.others[0].folder / "done.json").unlink()
+    assert not alone.done()
 
 
 def test_a_killed_sweep_goes_on_to_the_same_end(undisturbed, tmp_path):
@@ -150,13 +177,13 @@ def test_dry_run_prints_the_commands(tmp_path):
     assert code == 0
     assert listing(tmp_path) == before
     commands = [shlex.split(line) for line in out.splitlines()]
-    common = f"--run-root {tmp_path}/runs --resume --seed {{}} --learning-starts 50"
+    common = f"--run-root {tmp_path}/runs --resume --learning-starts 50"
     expected = [
-        f"sac.py {common.format(seed)} --gamma {gamma} --no-autotune --exp-name sac_{gamma}".split()
-        for seed, gamma in itertools.product((3, 4), (0.9, 0.95))
+        f"sac.py {common} --gamma {x} --no-autotune --exp-name sac_{x} --seed {seed}".split()
+        for seed, x in itertools.product((3, 4), (0.9, 0.95))
     ]
     model = "--rollout-schedule 0 9 1 2 --target-entropy -1"
-    expected.insert(2, f"mbpo.py {common.format(3)} {model}".split())  # seed by seed
+    expected.insert(2, f"mbpo.py {common} {model} --seed 3".split())  # seed by seed
     assert [[Path(script).name, *rest] for _, script, *rest in commands] == expected
 
 
