@@ -159,10 +159,10 @@ def cell(curves: pd.DataFrame, step: int) -> str:
     scores = curves.reindex([step]).loc[step].dropna()
     if scores.empty:
         return ""
-    low, high = interval(scores.to_numpy())
-    between = "-" if np.isnan(low) else f"{low:.0f}, {high:.0f}"
+    numbers = scores.mean(), *interval(scores.to_numpy())
+    mean, low, high = (f"{x:.0f}" if abs(x) < 1e5 else f"{x:.0e}" for x in numbers)
     some = f" ({len(scores)} of {curves.shape[1]} seeds)" if len(scores) < curves.shape[1] else ""
-    return f"{scores.mean():.0f} [{between}]{some}"
+    return f"{mean} [{'-' if low == 'nan' else f'{low}, {high}'}]{some}"
 
 
 def paired(curves: dict[str, pd.DataFrame]) -> list[str]:
@@ -260,10 +260,10 @@ def figures_of(data: pd.DataFrame) -> dict:
     scalars = data[data.tag != "return"]
     scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
     returns = data[data.tag == "return"]
-    figures = {"curves": (draw_curves, returns)}
-    if returns.task.isin(FIRST).any():
-        figures["first"] = draw_curves, returns[returns.task.isin(FIRST)]
-    return figures | ({"training": (draw_training, scalars)} if len(scalars) else {})
+    first = returns[returns.task.isin(FIRST)]
+    figures = {"curves": (draw_curves, returns), "first": (draw_curves, first)}
+    figures["training"] = draw_training, scalars
+    return {name: (draw, rows) for name, (draw, rows) in figures.items() if len(rows)}
 
 
 def diff_text(_) -> str:

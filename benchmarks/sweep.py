@@ -5,15 +5,10 @@
     python benchmarks/sweep.py GRID.toml --together    all seeds in one process, for GPUs
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
-In a block of the grid every key but `scripts` is a flag, with its value as on the command line; a
-list is an axis. Keys above the blocks hold for all of them. All runs of one seed come before those
-of the next. Each run needs a folder of its own: exp-name tells apart those of one task and seed.
-
-    seed = [1, 2]
-    [[grid]]
-    scripts = ["mbpo.py", "mbpo_ftfl.py"]
-    updates-per-step = [10, 20]
-    exp-name = "{script}_utd{updates-per-step}"
+In a block of the grid (benchmarks/README.md shows one) every key but `scripts` is a flag, with its
+value as on the command line; a list is an axis. Keys above the blocks hold for all of them. All
+runs of one seed come before those of the next. Each run needs a folder of its own: exp-name tells
+apart those of one task and seed, as by "{script}_utd{updates-per-step}".
 
 The scripts' own checks see all of it before anything starts. A run's output is in its log.txt.
 After an interruption, a kill or a failure the same command goes on: it skips what is done and
@@ -118,9 +113,8 @@ def queue(numbers: list[int], root: Path, options: Options) -> None:
     command = ["sbatch", f"--job-name={options.grid.stem}", f"--output={root}/slurm-%A_%a.txt"]
     command += [f"--array={','.join(map(str, numbers))}{at_once}", "--requeue"]
     command += ["--open-mode=append", "--signal=B:USR1@60", *shlex.split(options.slurm)]
-    command_of = [sys.executable, __file__, str(options.grid)]
-    command_of += ["--together"] if options.together else []
-    job = JOB.format(command=shlex.join(command_of))
+    told = [str(options.grid), *["--together"] * options.together]
+    job = JOB.format(command=shlex.join([sys.executable, __file__, *told]))
     try:
         asked = subprocess.run(command, input=job, capture_output=True, text=True)
     except FileNotFoundError:
@@ -178,8 +172,7 @@ def joined(runs: list[Run]) -> list[Run]:
         groups[run.command[:-1]].append(run)  # all but the seed
     made = []
     for (python, *words, _), (first, *others) in groups.items():
-        seeds = [str(run.seed) for run in (first, *others)]
-        command = python, tool, *words, "--seeds", *seeds
+        command = python, tool, *words, "--seeds", *(str(run.seed) for run in (first, *others))
         made.append(replace(first, command=command, others=tuple(others)))
     return made
 
