@@ -165,17 +165,16 @@ def cell(curves: pd.DataFrame, step: int) -> str:
     return f"{mean} [{'-' if low == 'nan' else f'{low}, {high}'}]{some}"
 
 
-def paired(curves: dict[str, pd.DataFrame]) -> list[str]:
-    """How far PAIR's first run is ahead of its second, by seed, at the last step of both."""
+def paired(curves: dict[str, pd.DataFrame]) -> list[dict]:
+    """How far PAIR's first run is ahead of its second, by seed, at the last step of both: rows."""
     lines, (one, other) = [], PAIR
     curves = {title.removesuffix(" †"): run for title, run in curves.items()}
     for title in curves:
         rival = title.replace(f"{one},", f"{other},")
         if rival != title and rival in curves:
             ahead = (curves[title] - curves[rival]).dropna(axis=1, how="all").dropna()
-            said = f"{one} less {other}{title.removeprefix(one)}, by seed, at step"
-            for step in ahead.index[-1:]:
-                lines.append(f"{said} {step:,}: {cell(ahead, step)}, {ahead.shape[1]} seeds.")
+            line = {"run": f"{one} less {other}, seed by seed", "seeds": ahead.shape[1]}
+            lines += [line | {f"return at {x:,}": cell(ahead, x)} for x in ahead.index[-1:]]
     return lines
 
 
@@ -184,16 +183,16 @@ def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
     returns, biases = (curves_of(rows[rows.tag == x]) for x in ("return", "eval/critic_bias"))
     lines = []
     for title, curves in returns.items():
-        line = {task: title, "seeds": curves.shape[1]}
+        line = {"run": title, "seeds": curves.shape[1]}
         line |= {f"return at {step:,}": cell(curves, step) for step in steps}
         last = max(step for step in steps if step <= curves.index.max())
         lines.append(line | {"critic bias": cell(biases.get(title, curves[:0]), last)})
+    lines += paired(returns)
     for (algorithm, source, seeds), points in published(task):
-        line = {task: f"{algorithm} ({source})", "seeds": seeds}
         at = {f"return at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
         if known := {name: text for name, text in at.items() if name in lines[0]}:
-            lines.append(line | known)
-    return "\n\n".join([markdown(pd.DataFrame(lines).fillna("")), *paired(returns)])
+            lines.append({"run": f"{algorithm} ({source})", "seeds": seeds} | known)
+    return markdown(pd.DataFrame(lines).fillna("").rename(columns={"run": task}))
 
 
 def tables(data: pd.DataFrame) -> str:
@@ -216,7 +215,7 @@ def other_code(data: pd.DataFrame) -> list[str]:
 def summary(data: pd.DataFrame) -> str:
     """For the README's first screen: FIRST's returns where PAIR ends."""
     first, made = data[data.task.isin(FIRST)], []
-    for task, rows in first.groupby("task"):
+    for task, rows in sorted(first.groupby("task"), key=lambda group: FIRST.index(group[0])):
         ends = rows[(rows.tag == "return") & rows.run.str.startswith(PAIR)]
         step = ends.groupby("run").step.max().min()
         there = rows[(rows.tag == "return") & (rows.step == step)].run
