@@ -246,11 +246,6 @@ def run(options: Options) -> None:
     (present_needed if options.buffer else present)(options.out)
 
 
-def main() -> None:
-    """Does what the command line says."""
+if __name__ == "__main__":
     needed = sys.argv[1:2] == ["updates-needed"]
     run_tool(run, Needed if needed else Options, __doc__, sys.argv[1 + needed :])
-
-
-if __name__ == "__main__":
-    main()

@@ -61,8 +61,7 @@ def watch(options: Options) -> None:
         for part, net in nets.items():
             net.load_state_dict(agent[part]["params"])
     except (KeyError, RuntimeError):
-        fault = f"{options.run} was trained by another version of {script.__name__}.py: train anew"
-        raise InputError(fault) from None
+        raise InputError(f"{options.run} is of another version of {script.__name__}.py") from None
     folder = options.video or options.run / "watch"
     interval = getattr(env.unwrapped, "dt", None)  # seconds
     how = {"name_prefix": f"step-{step}", "fps": round(1 / interval) if interval else None}

@@ -68,7 +68,7 @@ BAD = [  # what is made of the run's folder, flags, and what the line must say
     (b"no checkpoint", "", "checkpoint.pt is damaged or cut short"),
     ({"agent": {}}, "", "checkpoint.pt is damaged or cut short"),
     ("other.py", "", "was written by other.py, which is not in"),
-    ("sac.py", "", "was trained by another version of sac.py"),
+    ("sac.py", "", "is of another version of sac.py"),
     (None, "--episodes 0", "--episodes must be at least 1"),
     (None, "--episodes x", "invalid"),
 ]

@@ -9,24 +9,15 @@ from common import load_script
 from held import FIT_EVERY, Held, short_run
 from peers.serve import serve, start
 
-GRAPH = 4  # updates in a longer graph
 DEFAULT, UNMARKED = "products by torch's default", "addresses not marked as fixed"
-BESIDE, LONGER = "new state beside the old", f"{GRAPH} updates in one graph"
-UNCOMPILED = "uncompiled"
-VARIANTS = ["as shipped", DEFAULT, UNMARKED, BESIDE, LONGER, UNCOMPILED]
+BESIDE, UNCOMPILED = "new state beside the old", "uncompiled"
+VARIANTS = ["as shipped", DEFAULT, UNMARKED, BESIDE, UNCOMPILED]
 FITS = {"updates_per_step": 1, "model_train_frequency": 1, "model_updates": 200}
 RUNS = {  # by kind: script, settings, steps that are measured together, what is done in them
     "sac": ("sac.py", {"updates_per_step": 100}, 1, 100),
     "model": ("mbpo_ftfl.py", FITS | {"learning_starts": 2000}, 1, 200),
     "rollout": ("mbpo_ftfl.py", {}, 1, 400),
 }
-
-
-def several(function, state: dict, *inputs, **settings) -> tuple:
-    """GRAPH updates on the same inputs, as one."""
-    for _ in range(GRAPH):
-        state, metrics = function(state, *inputs, **settings)
-    return state, metrics
 
 
 def compile_alone(jit, function: partial, **how):
@@ -45,9 +36,6 @@ def change(script, variant: str) -> None:
     if variant == BESIDE:
         setup_torch = script.setup_torch
         script.setup_torch = lambda *given: partial(compile_alone, setup_torch(*given))
-    if variant == LONGER:
-        for name in {"sac_update", "model_update"} & vars(script).keys():
-            setattr(script, name, partial(several, getattr(script, name)))
 
 
 def run(task) -> None:
@@ -56,7 +44,6 @@ def run(task) -> None:
     script = load_script(name)
     change(script, task.who)
     args = script.Args(env_id=task.env_id, device=task.device, compile=task.who != UNCOMPILED)
-    amount *= GRAPH if task.who == LONGER else 1
     server = Held(lambda: sys.exit(serve("torch", amount, lambda: server.hold("go on"))))
     check_finite, rollout = script.check_finite, getattr(script, "rollout", None)
 
