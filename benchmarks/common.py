@@ -48,7 +48,9 @@ def parse(options: type, doc: str, words: list[str] | None = None, **how):
     except SystemExit as ending:
         if not ending.code:  # --help
             raise
-        raise InputError(re.sub("[─│╭╮╰╯]+", " ", said.getvalue())) from None
+        text = " ".join(re.sub("[─│╭╮╰╯]+", " ", said.getvalue()).split())
+        text = re.sub(r"^(.+?) \1", r"\1", text)  # the title of the box, and its first words
+        raise InputError(text.partition(" For full helptext")[0]) from None
 
 
 def run_tool(do: Callable, options: type, doc: str, words: list | None = None, **how) -> None:

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pandas as pd
+import tyro
 from common import ROOT
 
 DIFFS = sorted((ROOT / "benchmarks/diffs").glob("*.diff"))
@@ -52,8 +53,13 @@ def table() -> str:
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
 
 
-if __name__ == "__main__":
-    (ROOT / "build").mkdir(exist_ok=True)
+def write(out: Path = ROOT / "build") -> None:
+    """Writes every script after every diff that applies to it into a folder."""
+    out.mkdir(exist_ok=True)
     for script, diff in itertools.product(SCRIPTS, DIFFS):
         if text := patched(script, diff):
-            (ROOT / "build" / f"{script}_{diff.stem}.py").write_text(text)
+            (out / f"{script}_{diff.stem}.py").write_text(text)
+
+
+if __name__ == "__main__":
+    tyro.cli(write, description=__doc__)

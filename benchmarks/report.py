@@ -15,6 +15,7 @@ a run's own folder, with TensorBoard events for scalars.csv, will do as well. In
 import ast
 import hashlib
 import json
+import logging
 import math
 import re
 import shutil
@@ -34,6 +35,7 @@ from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")  # figures without a display
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was resumed
 PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
 FIRST = "dmc/walker-run", "dmc/quadruped-walk"  # tasks on the README's first screen
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
@@ -160,7 +162,7 @@ def cell(curves: pd.DataFrame, step: int) -> str:
     if scores.empty:
         return ""
     numbers = scores.mean(), *interval(scores.to_numpy())
-    mean, low, high = (f"{x:.0f}" if abs(x) < 1e5 else f"{x:.0e}" for x in numbers)
+    mean, low, high = (f"{round(x)}" if abs(x) < 1e5 else f"{x:.0e}" for x in numbers)
     some = f" ({len(scores)} of {curves.shape[1]} seeds)" if len(scores) < curves.shape[1] else ""
     return f"{mean} [{'-' if low == 'nan' else f'{low}, {high}'}]{some}"
 
@@ -234,7 +236,7 @@ def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
         axis.set(title=task, ylabel="mean return", xlabel="environment step")
         axis.legend(handles=axis.containers, fontsize=7, frameon=False)
         axis.locator_params(axis="x", nbins=5)
-    return grid
+    return grid.tight_layout()
 
 
 def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
@@ -242,8 +244,9 @@ def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
     tags = [tag for tag in TRAINING if tag in {*scalars.tag}]
     grid = relplot(scalars, row="task", col="tag", col_order=tags, height=3)
     for (task, tag), axis in grid.axes_dict.items():
-        axis.set(title=TRAINING[tag][0], yscale=TRAINING[tag][1], ylabel=task, xlabel="step")
-    return grid
+        name, scale = TRAINING[tag]
+        axis.set(title=f"{task}\n{name}", yscale=scale, ylabel="", xlabel="step")
+    return grid.tight_layout()
 
 
 def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
@@ -326,7 +329,8 @@ def stale(results: Path, data: pd.DataFrame) -> list[Path]:
 def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -> None:
     """Copies runs into a folder of results; all are read before any is written."""
     runs = {}
-    for folder in folders:
+    beside = "figures", "report.md"  # the runs, from --write
+    for folder in (folder for folder in folders if folder.name not in beside):
         args, evaluations, _ = read_run(folder)
         last, end = evaluations.step.max(), args["total_timesteps"]
         if (scalars := read_events(folder)).empty:

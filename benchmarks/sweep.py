@@ -5,11 +5,7 @@
     python benchmarks/sweep.py GRID.toml --together    all seeds in one process, for GPUs
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
-In a block of the grid (benchmarks/README.md shows one) every key but `scripts` is a flag, with its
-value as on the command line; a list is an axis. Keys above the blocks hold for all of them. All
-runs of one seed come before those of the next. Each run needs a folder of its own: exp-name tells
-apart those of one task and seed, as by "{script}_utd{updates-per-step}".
-
+How a grid is written: benchmarks/README.md. All runs of one seed come before those of the next.
 The scripts' own checks see all of it before anything starts. A run's output is in its log.txt.
 After an interruption, a kill or a failure the same command goes on: it skips what is done and
 resumes the rest. The exit code is 1 if a run failed, and 2 for bad input. With --slurm the runs are
@@ -144,7 +140,8 @@ def check_task(script, env_id: str, never_terminates: bool) -> None:
 def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     """The run of a script with these flags; InputError if the script has something against it."""
     if not (ROOT / name).is_file():
-        raise InputError(f"there is no script {name}")
+        made = ": run benchmarks/diffs.py" if name.startswith("build/") else ""
+        raise InputError(f"there is no script {name}{made}")
     script = load_script(name)
     if "exp-name" in flags:
         try:
@@ -195,7 +192,7 @@ def read_grid(options: Options) -> list[Run]:
                 flags = dict(zip(axes, values, strict=True))
                 run = make_run(str(flags.pop("scripts")), flags, root, options)
                 if run.folder in runs:
-                    remedy = 'tell them apart, as by exp-name = "{script}_{gamma}"'
+                    remedy = 'tell them apart by exp-name = "{script}_{FLAG}", FLAG what differs'
                     raise InputError(f"{run.folder} would hold two runs: {remedy}")
                 runs[run.folder] = run
     except (OSError, ValueError) as error:
@@ -227,7 +224,9 @@ def sweep(options: Options) -> None:
         os._exit(1)  # without waiting for threads that wait
     for run, outcome in failed.items():
         print(f"failed: {run.folder}: {outcome}", file=sys.stderr)
-    print(f"{len(numbers) - len(failed)} of {len(numbers)} runs are done")
+    total = sum(1 + len(runs[number].others) for number in numbers)
+    left = sum(1 + len(run.others) for run in failed)
+    print(f"{total - left} of {total} runs are done")
     sys.exit(1 if failed else 0)
 
 

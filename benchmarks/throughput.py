@@ -6,12 +6,8 @@
 
 Every contender is a process of its own (benchmarks/peers/), idle but in its turn; in every round
 all have one, so that whatever else the machine does hits all alike. A peer runs in this Python or
-in another; one that is not installed there, or fails, is a line in the table. To install them:
-
-    pip install stable-baselines3==2.9.2 sbx-rl==0.28.0 jax
-    pip install hydra-core==1.3.2 gymnasium matplotlib termcolor tqdm && pip install --no-deps mbrl
-
-Written after every round: [variants_]cpu.csv or cuda.csv, a line per turn; .md from it.
+in another (benchmarks/README.md); one that is not installed there, or fails, is a line in the
+table. Written after every round: [variants_]cpu.csv or cuda.csv, a line per turn; .md from it.
 """
 
 import json

@@ -14,6 +14,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import tyro
 from common import RESULTS, ROOT
 
 
@@ -64,4 +65,4 @@ the return rises from {returns[0]:.0f} to {max(returns):.0f}; 1,000 is a pole th
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -72,9 +72,9 @@ def watch(options: Options) -> None:
     unpack = script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack
     returns, _ = script.evaluate(env, agent, nets, args, step, unpack)
     env.close()
-    for i, value in enumerate(returns, 1):
+    for i, value in enumerate(returns):  # as the videos are numbered
         print(f"episode {i}  return {value:.2f}")
-    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; {folder}")
+    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; videos in {folder}")
 
 
 if __name__ == "__main__":
