@@ -89,7 +89,7 @@ def test_seeds_together_are_one_process(undisturbed, tmp_path):
     alone, both = sweep.read_grid(sweep.Options(file, together=True))
     assert (alone.command[-3:], len(both.others)) == (("--seeds", "1", "2"), 1)
     code, out, err = run_sweep(file, "--together", "--only", 0)
-    assert (code, out) == (0, "1 of 1 runs are done\n"), err
+    assert (code, out) == (0, "2 of 2 runs are done\n"), err
     for folder in (folder_of(tmp_path / "runs", "sac", seed=seed) for seed in SEEDS):
         twin = undisturbed[0].parent / "runs" / folder.name
         numbers = [np.array(read_evaluations(x)[1:], float) for x in (folder, twin)]
