@@ -218,7 +218,7 @@ def summary(data: pd.DataFrame) -> str:
     """For the README's first screen: FIRST's returns where PAIR ends."""
     first, made = data[data.task.isin(FIRST)], []
     for task, rows in sorted(first.groupby("task"), key=lambda group: FIRST.index(group[0])):
-        ends = rows[(rows.tag == "return") & rows.run.str.startswith(PAIR)]
+        ends = rows[(rows.tag == "return") & rows.run.str.startswith(tuple(f"{x}," for x in PAIR))]
         step = ends.groupby("run").step.max().min()
         there = rows[(rows.tag == "return") & (rows.step == step)].run
         made.append(table(task, rows[rows.run.isin(there)], [step]))
