@@ -3,8 +3,7 @@
     patch -o mbpo_ftfl_ridge.py mbpo_ftfl.py benchmarks/diffs/ridge.diff
     python benchmarks/diffs.py      writes all patched scripts into build/, for sweep.py
 
-What `patch` makes is again one self-contained script, with all the flags of the other one and its
-own name for the run folder.
+What `patch` makes is again one self-contained script, with a name of its own for its run folders.
 """
 
 import itertools

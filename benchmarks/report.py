@@ -215,13 +215,13 @@ def other_code(data: pd.DataFrame) -> list[str]:
 
 
 def summary(data: pd.DataFrame) -> str:
-    """For the README's first screen: FIRST's returns where PAIR ends."""
+    """For the README's first screen: runs of FIRST with several seeds, where PAIR ends."""
     first, made = data[data.task.isin(FIRST)], []
     for task, rows in sorted(first.groupby("task"), key=lambda group: FIRST.index(group[0])):
         ends = rows[(rows.tag == "return") & rows.run.str.startswith(tuple(f"{x}," for x in PAIR))]
         step = ends.groupby("run").step.max().min()
-        there = rows[(rows.tag == "return") & (rows.step == step)].run
-        made.append(table(task, rows[rows.run.isin(there)], [step]))
+        seeds = rows[(rows.tag == "return") & (rows.step == step)].groupby("run").seed.nunique()
+        made.append(table(task, rows[rows.run.isin(seeds.index[seeds > 1])], [step]))
     return "\n\n".join([*made, *other_code(first)])
 
 
@@ -262,7 +262,8 @@ def figures_of(data: pd.DataFrame) -> dict:
     scalars = data[data.tag != "return"]
     scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
     returns = data[data.tag == "return"]
-    first = returns[returns.task.isin(FIRST)]
+    first = returns[returns.task.isin(FIRST)].groupby("run")
+    first = first.filter(lambda run: run.seed.nunique() > 1)
     figures = {"curves": (draw_curves, returns), "first": (draw_curves, first)}
     figures["training"] = draw_training, scalars
     return {name: (draw, rows) for name, (draw, rows) in figures.items() if len(rows)}

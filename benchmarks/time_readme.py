@@ -19,12 +19,12 @@ from common import RESULTS, ROOT
 
 
 def timed(command: str, **place) -> tuple[str, str]:
-    """Runs a shell command to its end; returns its minutes, in words, and standard output."""
+    """Runs a shell command to its end; returns its minutes, with the unit, and standard output."""
     begin = time.perf_counter()
     done = subprocess.run(command, shell=True, text=True, stdout=subprocess.PIPE, **place)
     if done.returncode != 0:
         sys.exit(f"error: {command} ended with {done.returncode}: {done.stdout[-2000:]}")
-    return f"{(time.perf_counter() - begin) / 60:.0f} minutes", done.stdout
+    return f"{(time.perf_counter() - begin) / 60:.0f} min", done.stdout
 
 
 def first_fit(command: str, **place) -> tuple[float, float]:
@@ -58,7 +58,7 @@ def main() -> None:
     returns = [float(x) for x in re.findall(r"return +(\S+)", output)]
     said = f"""On {os.cpu_count()} CPU cores: The first command installs in {installed}, prints a
 return of {untrained:.0f} for the untrained policy, and reaches step 10,000, after the first fit, in
-{minutes:.0f} minutes; all 500,000 steps are a job for a GPU, or for a day or more. The second runs
+{minutes:.0f} min; all 500,000 steps are a job for a GPU, or for a day or more. The second runs
 {passed} tests in {tested}; in them each script must learn a real task. In the third, of {learned},
 the return rises from {returns[0]:.0f} to {max(returns):.0f}; 1,000 is a pole that never falls."""
     (RESULTS / "readme_commands.md").write_text(textwrap.fill(said, 118) + "\n")
