@@ -117,12 +117,10 @@ def data_sets(options: Options) -> list[tuple[str, Path | None]]:
 
 
 def read(file: Path) -> pd.DataFrame:
-    """A CSV file, or a table without rows; fits that have no step size are of the scripts'."""
-    if not file.exists():
-        return pd.DataFrame(columns=[*NAMES[file.stem], "transitions"])
-    table = pd.read_csv(file, dtype={"lr": str})
-    older = file.stem == "fits" and "lr" not in table
-    return table.assign(lr=STEP, transitions=Options.transitions) if older else table
+    """A CSV file, or a table without rows."""
+    if file.exists():
+        return pd.read_csv(file, dtype={"lr": str})
+    return pd.DataFrame(columns=[*NAMES[file.stem], "transitions"])
 
 
 def add(rows: pd.DataFrame, file: Path) -> None:

@@ -36,6 +36,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 matplotlib.use("Agg")  # figures without a display
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was resumed
+OTHER_CODE = "\n\n† Some of these runs were made by other code than that of today's script."
 PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
 FIRST = "dmc/walker-run", "dmc/quadruped-walk"  # tasks on the README's first screen
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
@@ -115,7 +116,7 @@ def code_today(script: str) -> str:
 def load(results: Path) -> pd.DataFrame:
     """Every run under a folder, long: task, run (its title), length, seed, step, tag, value.
 
-    The sign † stands behind a title if one of its seeds was run by other code than today's.
+    Tasks of FIRST come first. † stands behind a title if other code than today's ran a seed of it.
     """
     frames = []
     for file in sorted(results.glob("*__*__*/eval.csv")):
@@ -132,7 +133,8 @@ def load(results: Path) -> pd.DataFrame:
         raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
     data = pd.concat(frames, ignore_index=True)
     data["run"] += data.groupby(["task", "run"]).mark.transform("max")
-    return data.drop(columns="mark")
+    places = data.task.map(lambda task: (*FIRST, task).index(task))
+    return data.drop(columns="mark").loc[places.sort_values(kind="stable").index]
 
 
 def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -144,6 +146,7 @@ def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def published(task: str) -> pd.core.groupby.DataFrameGroupBy:
     """What others report on a task, by algorithm; a Gymnasium task is quoted without version."""
     figures = pd.read_csv(ROOT / "benchmarks" / "published.csv")
+    figures["place"] = pd.factorize(figures.algorithm)[0]
     figures = figures[figures.task.isin([task, task.split("-v")[0]])]
     return figures.groupby(["algorithm", "source", "seeds"], sort=False)
 
@@ -194,48 +197,46 @@ def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
         at = {f"return at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
         if known := {name: text for name, text in at.items() if name in lines[0]}:
             lines.append({"run": f"{algorithm} ({source})", "seeds": seeds} | known)
-    return markdown(pd.DataFrame(lines).fillna("").rename(columns={"run": task}))
+    text = markdown(pd.DataFrame(lines).fillna("").rename(columns={"run": task}))
+    return text + OTHER_CODE * any(rows.run.str.endswith("†"))
 
 
 def tables(data: pd.DataFrame) -> str:
-    """A table for every task, at the steps where runs end and half of the last; what † means."""
+    """A table for every task, at the steps where runs end and half of the last."""
     made = []
-    for task, rows in data.groupby("task"):
+    for task, rows in data.groupby("task", sort=False):
         marks = [rows.length.max() / 2, *rows.length.unique()]
         known = rows.step[rows.tag == "return"]
         steps = {min(known, key=lambda step: abs(step - mark)) for mark in marks}
         made.append(table(task, rows, sorted(steps)))
-    return "\n\n".join([*made, *other_code(data)])
-
-
-def other_code(data: pd.DataFrame) -> list[str]:
-    """What † means, if any run has it."""
-    said = "† Some of these runs were made by other code than that of today's script."
-    return [said] if data.run.str.endswith("†").any() else []
+    return "\n\n".join(made)
 
 
 def summary(data: pd.DataFrame) -> str:
     """For the README's first screen: runs of FIRST with several seeds, where PAIR ends."""
-    first, made = data[data.task.isin(FIRST)], []
-    for task, rows in sorted(first.groupby("task"), key=lambda group: FIRST.index(group[0])):
+    made = []
+    for task, rows in data[data.task.isin(FIRST)].groupby("task", sort=False):
         ends = rows[(rows.tag == "return") & rows.run.str.startswith(tuple(f"{x}," for x in PAIR))]
         step = ends.groupby("run").step.max().min()
         seeds = rows[(rows.tag == "return") & (rows.step == step)].groupby("run").seed.nunique()
         made.append(table(task, rows[rows.run.isin(seeds.index[seeds > 1])], [step]))
-    return "\n\n".join([*made, *other_code(first)])
+    return "\n\n".join(made)
 
 
 def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
     """Return by environment step: a panel per task, a band of its interval, published points."""
     grid = relplot(returns, col="task", col_wrap=min(3, returns.task.nunique()), height=4.2)
+    names = [text.get_text() for text in grid.legend.texts]
+    shown = dict(zip(names, grid.legend.legend_handles, strict=True))
     for task, axis in grid.axes_dict.items():
-        for i, ((algorithm, source, _), points) in enumerate(published(task)):
-            style = {"fmt": "osD^v"[i % 5], "color": f"{0.4 * (i % 3)}", "markersize": 4}
-            style |= {"linewidth": 1, "capsize": 3, "label": f"{algorithm}\n({source})"}
-            axis.errorbar(points.step, points["mean"], points["std"], **style)
+        for (algorithm, source, _), points in published(task):
+            style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "color": "0.3", "markersize": 4}
+            bars = axis.errorbar(points.step, points["mean"], points["std"], capsize=3, **style)
+            shown[f"{algorithm}\n({source})"] = bars
         axis.set(title=task, ylabel="mean return", xlabel="environment step")
-        axis.legend(handles=axis.containers, fontsize=7, frameon=False)
         axis.locator_params(axis="x", nbins=5)
+    grid.legend.remove()
+    grid.add_legend(shown)
     return grid.tight_layout()
 
 
@@ -246,6 +247,7 @@ def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
     for (task, tag), axis in grid.axes_dict.items():
         name, scale = TRAINING[tag]
         axis.set(title=f"{task}\n{name}", yscale=scale, ylabel="", xlabel="step")
+        axis.yaxis.get_major_locator().set_params(numticks=7)
     return grid.tight_layout()
 
 
@@ -258,13 +260,13 @@ def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
 
 
 def figures_of(data: pd.DataFrame) -> dict:
-    """What is drawn, {name: (function, rows)}; of training, the tasks with runs to compare."""
-    scalars = data[data.tag != "return"]
+    """What is drawn, {name: (function, rows)}; first and training: of several seeds, if any are."""
+    seeds = data.groupby(["task", "run"]).seed.transform("nunique")
+    several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
+    first, scalars = several[several.tag == "return"], several[several.tag != "return"]
     scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
-    returns = data[data.tag == "return"]
-    first = returns[returns.task.isin(FIRST)].groupby("run")
-    first = first.filter(lambda run: run.seed.nunique() > 1)
-    figures = {"curves": (draw_curves, returns), "first": (draw_curves, first)}
+    figures = {"curves": (draw_curves, data[data.tag == "return"])}
+    figures["first"] = draw_curves, first[first.task.isin(FIRST)]
     figures["training"] = draw_training, scalars
     return {name: (draw, rows) for name, (draw, rows) in figures.items() if len(rows)}
 
@@ -321,12 +323,6 @@ def write(results: Path, data: pd.DataFrame) -> None:
         draw(rows).savefig(results / "figures" / f"{name}.png", metadata={"Software": None})
 
 
-def stale(results: Path, data: pd.DataFrame) -> list[Path]:
-    """The documents of a folder that are absent or say something else than its files."""
-    texts = documents_of(results, data)
-    return [path for path in texts if not path.exists() or path.read_text() != texts[path]]
-
-
 def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -> None:
     """Copies runs into a folder of results; all are read before any is written."""
     runs = {}
@@ -365,8 +361,9 @@ def report(options: Options) -> None:
         return write(options.results, data)
     if not options.check:
         return print(tables(data))
-    for path in (found := stale(options.results, data)):
-        print(f"{path} is out of date: give --write")
+    texts = documents_of(options.results, data).items()
+    found = [path for path, text in texts if not path.exists() or path.read_text() != text]
+    print(*(f"{path} is out of date: give --write\n" for path in found), sep="", end="")
     sys.exit(1 if found else 0)
 
 
