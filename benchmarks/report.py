@@ -352,7 +352,8 @@ def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -
 
 def report(options: Options) -> None:
     """Prints tables, writes or checks what is made of them, or records runs."""
-    if options.write + options.check + max(bool(options.record), options.unfinished) > 1:
+    recording = bool(options.record)
+    if options.write + options.check + recording > 1 or options.unfinished > recording:
         raise InputError("give one of --write, --check and --record; --unfinished is for the last")
     if options.record:
         return record(options.record, options.results, options.unfinished)

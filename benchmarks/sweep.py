@@ -95,6 +95,7 @@ def finish(runs: list[Run], jobs: int | None) -> dict[Run, str]:
         for future in tqdm(as_completed(futures), total=len(runs), unit="run", disable=None):
             if outcome := future.result():
                 failed[futures[future]] = outcome
+            tqdm.write(f"{'failed' if outcome else 'done'}: {futures[future].folder}")
         return failed
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

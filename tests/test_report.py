@@ -337,6 +337,7 @@ def test_record_refuses_other_settings_and_folders(trained, tmp_path):
         ("--results {tmp}", "holds no runs"),
         ("--results {tmp}/none --write", "holds no runs"),
         ("--write --check", "give one of"),
+        ("--unfinished", "--unfinished is for the last"),
         ("--frobnicate", "--frobnicate"),
     ],
 )
