@@ -122,7 +122,7 @@ def load(results: Path) -> pd.DataFrame:
     for file in sorted(results.glob("*__*__*/eval.csv")):
         args, evaluations, scalars = read_run(file.parent)
         returns = evaluations[["step"]].assign(tag="return", value=evaluations["mean"])
-        frame = pd.concat([returns, scalars[scalars.tag.isin(TRAINING)]])
+        frame = pd.concat([returns, scalars[scalars.tag.isin([*TRAINING, "model/updates"])]])
         updates = args["updates_per_step"]
         title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
         made = args if "code" in args else origin(args["script"], args.get("source", ""))
@@ -184,14 +184,17 @@ def paired(curves: dict[str, pd.DataFrame]) -> list[dict]:
 
 
 def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
-    """A Markdown table of the returns on a task at these steps, published ones, what is paired."""
-    returns, biases = (curves_of(rows[rows.tag == x]) for x in ("return", "eval/critic_bias"))
-    lines = []
+    """A Markdown table of a task: returns at these steps, also published ones, what is paired."""
+    lines, tags = [], ("return", "eval/critic_bias", "model/updates")
+    returns, biases, updates = (curves_of(rows[rows.tag == tag]) for tag in tags)
     for title, curves in returns.items():
         line = {"run": title, "seeds": curves.shape[1]}
         line |= {f"return at {step:,}": cell(curves, step) for step in steps}
         last = max(step for step in steps if step <= curves.index.max())
-        lines.append(line | {"critic bias": cell(biases.get(title, curves[:0]), last)})
+        line |= {"critic bias": cell(biases.get(title, curves[:0]), last)}
+        if fits := updates.get(title, curves[:0]).loc[:last].sum().mean():
+            line["model updates"] = f"{fits:,.0f}"
+        lines.append(line)
     lines += paired(returns)
     for (algorithm, source, seeds), points in published(task):
         at = {f"return at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}

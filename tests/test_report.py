@@ -95,18 +95,21 @@ def test_interval_of_many_seeds_is_the_normal_one():
 def test_table_of_a_task(tmp_path):
     """Means, intervals and the dash of one seed stand under their steps; a late seed is told."""
     for seed, value in enumerate((10, 20), 1):
-        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), bias=-value)
+        folder = write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), bias=-value)
+        with (folder / "scalars.csv").open("a") as file:  # of the fits, the last comes too late
+            fits = enumerate((500, value, 7), 1)
+            file.writelines(f"{999 * i},model/updates,{updates}\n" for i, updates in fits)
     write_run(tmp_path, "sac", returns=(0, 60.4, 70))
     write_run(tmp_path, "late", returns=(0, 5, 7))
     write_run(tmp_path, "late", seed=2, returns=(0, 6))
     rows = rows_of(report.tables(report.load(tmp_path)))
-    titles = ["seeds", "return at 1,000", "return at 2,000", "critic bias"]
+    titles = ["seeds", "return at 1,000", "return at 2,000", "critic bias", "model updates"]
     assert rows["dmc/walker-run"] == titles
     name = "{}, 10 updates per step".format
-    mbpo = ["2", "15 [10, 20]", "30 [20, 40]", "-15 [-20, -10]"]
+    mbpo = ["2", "15 [10, 20]", "30 [20, 40]", "-15 [-20, -10]", "515"]
     assert rows[name("mbpo")] == mbpo
-    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "0 [-]"]
-    late = ["2", "6 [5, 6]", "7 [-] (1 of 2 seeds)", "0 [-] (1 of 2 seeds)"]
+    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "0 [-]", ""]
+    late = ["2", "6 [5, 6]", "7 [-] (1 of 2 seeds)", "0 [-] (1 of 2 seeds)", ""]
     assert rows[name("late")] == late
 
 
