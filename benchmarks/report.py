@@ -263,13 +263,13 @@ def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
 
 
 def figures_of(data: pd.DataFrame) -> dict:
-    """What is drawn, {name: (function, rows)}; first and training: of several seeds, if any are."""
+    """What is drawn, {name: (function, rows)}; training: of several seeds, if any are so."""
     seeds = data.groupby(["task", "run"]).seed.transform("nunique")
     several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
-    first, scalars = several[several.tag == "return"], several[several.tag != "return"]
-    scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
-    figures = {"curves": (draw_curves, data[data.tag == "return"])}
-    figures["first"] = draw_curves, first[first.task.isin(FIRST)]
+    scalars = several[several.tag != "return"].groupby("task")
+    scalars = scalars.filter(lambda rows: rows.run.nunique() > 1)
+    first = data[(data.tag == "return") & (seeds > 1) & data.task.isin(FIRST)]
+    figures = {"curves": (draw_curves, data[data.tag == "return"]), "first": (draw_curves, first)}
     figures["training"] = draw_training, scalars
     return {name: (draw, rows) for name, (draw, rows) in figures.items() if len(rows)}
 
