@@ -227,7 +227,7 @@ def summary(data: pd.DataFrame) -> str:
 
 
 def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
-    """Return by environment step: a panel per task, a band of its interval, published points."""
+    """Return by step, as far as ours go: a panel per task, a band of its interval, published."""
     grid = relplot(returns, col="task", col_wrap=min(3, returns.task.nunique()), height=4.2)
     names = [text.get_text() for text in grid.legend.texts]
     shown = dict(zip(names, grid.legend.legend_handles, strict=True))
@@ -236,11 +236,11 @@ def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
             style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "color": "0.3", "markersize": 4}
             bars = axis.errorbar(points.step, points["mean"], points["std"], capsize=3, **style)
             shown[f"{algorithm}\n({source})"] = bars
-        axis.set(title=task, ylabel="mean return", xlabel="environment step")
+        axis.set_xlim(right=1.04 * returns.step[returns.task == task].max())
         axis.locator_params(axis="x", nbins=5)
     grid.legend.remove()
-    grid.add_legend(shown)
-    return grid.tight_layout()
+    grid.add_legend(shown).set_axis_labels("environment step", "mean return")
+    return grid.set_titles("{col_name}").tight_layout()
 
 
 def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
