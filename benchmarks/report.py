@@ -263,13 +263,13 @@ def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
 
 
 def figures_of(data: pd.DataFrame) -> dict:
-    """What is drawn, {name: (function, rows)}; training: of several seeds, if any are so."""
+    """What is drawn, {name: (function, rows)}; of a task, runs of several seeds if there are any."""
     seeds = data.groupby(["task", "run"]).seed.transform("nunique")
     several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
-    scalars = several[several.tag != "return"].groupby("task")
-    scalars = scalars.filter(lambda rows: rows.run.nunique() > 1)
-    first = data[(data.tag == "return") & (seeds > 1) & data.task.isin(FIRST)]
-    figures = {"curves": (draw_curves, data[data.tag == "return"]), "first": (draw_curves, first)}
+    returns, scalars = several[several.tag == "return"], several[several.tag != "return"]
+    scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
+    first = returns[(seeds[returns.index] > 1) & returns.task.isin(FIRST)]
+    figures = {"curves": (draw_curves, returns), "first": (draw_curves, first)}
     figures["training"] = draw_training, scalars
     return {name: (draw, rows) for name, (draw, rows) in figures.items() if len(rows)}
 

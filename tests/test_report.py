@@ -255,6 +255,18 @@ def test_curves_show_the_mean_its_interval_and_published_points(tmp_path):
     assert points == [rows["mean"].tolist() for _, rows in quoted]
 
 
+def test_figures_leave_out_single_seeds_beside_several(tmp_path):
+    """A task that has no others shows them; the first screen never does."""
+    for experiment, seed in (("mbpo", 1), ("mbpo", 2), ("sac", 1), ("sac", 2), ("tried", 1)):
+        write_run(tmp_path, experiment, seed)
+    for experiment in ("one", "two"):
+        write_run(tmp_path, experiment, env_id="dmc/quadruped-walk")
+    drawn = report.figures_of(report.load(tmp_path))
+    names = {name: {run.split(",")[0] for run in rows.run} for name, (_, rows) in drawn.items()}
+    every = {"mbpo", "sac", "one", "two"}
+    assert names == {"curves": every, "first": {"mbpo", "sac"}, "training": every}
+
+
 def test_record_copies_a_run(trained, tmp_path):
     """Settings, curve to the byte, all scalars to six digits; the report is that of the run."""
     target = tmp_path / "results" / trained.name
