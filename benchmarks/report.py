@@ -263,7 +263,7 @@ def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
 
 
 def figures_of(data: pd.DataFrame) -> dict:
-    """What is drawn, {name: (function, rows)}; of a task, runs of several seeds if there are any."""
+    """What is drawn, {name: (function, rows)}; of a task, runs of several seeds if any are so."""
     seeds = data.groupby(["task", "run"]).seed.transform("nunique")
     several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
     returns, scalars = several[several.tag == "return"], several[several.tag != "return"]
