@@ -256,10 +256,10 @@ def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
 
 def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
     """Per run the mean of its seeds, and a band, the 95 % bootstrap interval of that mean."""
-    free = {"sharex": False, "sharey": False}
     lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "dashes": False}
     lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0}
-    return sns.relplot(rows, **lines, facet_kws=free, **layout)
+    lines["palette"] = "tab20" if rows.run.nunique() > 10 else "tab10"
+    return sns.relplot(rows, **lines, facet_kws={"sharex": False, "sharey": False}, **layout)
 
 
 def figures_of(data: pd.DataFrame) -> dict:
