@@ -39,6 +39,8 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every ru
 OTHER_CODE = "\n\n† Some of these runs were made by other code than that of today's script."
 PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
 FIRST = "dmc/walker-run", "dmc/quadruped-walk"  # tasks on the README's first screen
+COLOURS = {"mbpo_residual": "tab:green", "mbpo_ftfl": "tab:red", "mbpo": "tab:blue"}  # by title
+COLOURS |= {"raw": "tab:purple", "sac_utd1,": "tab:gray", "sac": "tab:orange", "": "tab:brown"}
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/reward_error": ("reward error / variance", "log"),
@@ -215,15 +217,18 @@ def tables(data: pd.DataFrame) -> str:
     return "\n\n".join(made)
 
 
+def first_screen(data: pd.DataFrame) -> pd.DataFrame:
+    """What the README begins with: runs of FIRST with several seeds at `end`, where PAIR ends."""
+    pair = data[data.task.isin(FIRST) & data.run.str.startswith(tuple(f"{x}," for x in PAIR))]
+    rows = data.assign(end=data.task.map(pair.groupby("task").length.min()))
+    there = rows.seed.where((rows.tag == "return") & (rows.step == rows.end))
+    return rows[there.groupby([rows.task, rows.run]).transform("nunique") > 1]
+
+
 def summary(data: pd.DataFrame) -> str:
-    """For the README's first screen: runs of FIRST with several seeds, where PAIR ends."""
-    made = []
-    for task, rows in data[data.task.isin(FIRST)].groupby("task", sort=False):
-        ends = rows[(rows.tag == "return") & rows.run.str.startswith(tuple(f"{x}," for x in PAIR))]
-        step = ends.groupby("run").step.max().min()
-        seeds = rows[(rows.tag == "return") & (rows.step == step)].groupby("run").seed.nunique()
-        made.append(table(task, rows[rows.run.isin(seeds.index[seeds > 1])], [step]))
-    return "\n\n".join(made)
+    """A table per task of the README's first screen."""
+    tasks = first_screen(data).groupby(["task", "end"], sort=False)
+    return "\n\n".join(table(task, rows, [int(end)]) for (task, end), rows in tasks)
 
 
 def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
@@ -256,9 +261,12 @@ def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
 
 def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
     """Per run the mean of its seeds, and a band, the 95 % bootstrap interval of that mean."""
-    lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "dashes": False}
+    lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "palette": {}, "dashes": {}}
     lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0}
-    lines["palette"] = "tab20" if rows.run.nunique() > 10 else "tab10"
+    for run in sorted(rows.run.unique(), key=len):  # of one colour the shortest title is solid
+        colour = next(COLOURS[name] for name in COLOURS if run.startswith(name))
+        like = [*lines["palette"].values()].count(colour)
+        lines["palette"][run], lines["dashes"][run] = colour, (12 // like, 2) if like else ""
     return sns.relplot(rows, **lines, facet_kws={"sharex": False, "sharey": False}, **layout)
 
 
@@ -266,10 +274,9 @@ def figures_of(data: pd.DataFrame) -> dict:
     """What is drawn, {name: (function, rows)}; of a task, runs of several seeds if any are so."""
     seeds = data.groupby(["task", "run"]).seed.transform("nunique")
     several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
-    returns, scalars = several[several.tag == "return"], several[several.tag != "return"]
-    scalars = scalars.groupby("task").filter(lambda rows: rows.run.nunique() > 1)
-    first = returns[(seeds[returns.index] > 1) & returns.task.isin(FIRST)]
-    figures = {"curves": (draw_curves, returns), "first": (draw_curves, first)}
+    curves = {"curves": several, "first": first_screen(data)}.items()
+    figures = {name: (draw_curves, rows[rows.tag == "return"]) for name, rows in curves}
+    scalars = several[several.tag != "return"].groupby("task").filter(lambda x: x.run.nunique() > 1)
     figures["training"] = draw_training, scalars
     return {name: (draw, rows) for name, (draw, rows) in figures.items() if len(rows)}
 

@@ -134,8 +134,7 @@ def check_task(script, env_id: str, never_terminates: bool) -> None:
     load_task(env_id)
     script.make_env(env_id).close()
     if hasattr(script, "termination_function"):
-        args = script.Args(env_id=env_id, never_terminates=never_terminates)
-        script.termination_function(args)
+        script.termination_function(script.Args(env_id=env_id, never_terminates=never_terminates))
 
 
 def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
@@ -146,13 +145,11 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     script = load_script(name)
     if "exp-name" in flags:
         try:
-            named = flags | {"script": script.__name__}
-            flags["exp-name"] = str(flags["exp-name"]).format_map(named)
+            flags["exp-name"] = str(flags["exp-name"]).format(script=script.__name__, **flags)
         except (AttributeError, LookupError, ValueError) as error:
             raise InputError(f"exp-name {flags['exp-name']}: no flag {error} here") from None
     seed = words("seed", flags.pop("seed", script.Args.seed))
-    given = list(itertools.chain.from_iterable(itertools.starmap(words, flags.items())))
-    given = ["--run-root", str(root), "--resume", *given]
+    given = ["--run-root", str(root), "--resume", *(x for f in flags.items() for x in words(*f))]
     args = parse(script.Args, "", [*given, *seed])
     here = options.slurm is None  # or jobs may have what this machine lacks
     script.check_args(args if here else replace(args, device="cpu", capture_video=False))
@@ -208,15 +205,13 @@ def sweep(options: Options) -> None:
         raise InputError(f"--jobs must be above 0, not {options.jobs}")
     runs = read_grid(options)
     if options.dry_run:
-        print(*(shlex.join(run.command) for run in runs), sep="\n")
-        return
+        return print(*(shlex.join(run.command) for run in runs), sep="\n")
     numbers = range(len(runs)) if options.only is None else [options.only]
     if not {*numbers} <= {*range(len(runs))}:
         raise InputError(f"--only must be from 0 to {len(runs) - 1}, not {options.only}")
     todo = [number for number in numbers if not runs[number].done()]
     if options.slurm is not None and todo:
-        queue(todo, runs[0].folder.parent, options)
-        return
+        return queue(todo, runs[0].folder.parent, options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         failed = finish([runs[number] for number in todo], options.jobs)

@@ -41,8 +41,7 @@ def first_fit(command: str, **place) -> tuple[float, float]:
 def main() -> None:
     """Times the commands, the tests first."""
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^(pip install .*) && (.*)$", text, flags=re.M)
-    (install, run), (install_tests, tests) = commands
+    (install, run), (install_tests, tests) = re.findall(r"(?m)^(pip install .*) && (.*)$", text)
     (learn,) = re.findall(r"^(python [^`]*Pendulum[^`]*)```", text, flags=re.M)
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder, "clone")

@@ -72,8 +72,7 @@ def watch(options: Options) -> None:
     unpack = script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack
     returns, _ = script.evaluate(env, agent, nets, args, step, unpack)
     env.close()
-    for i, value in enumerate(returns):  # as the videos are numbered
-        print(f"episode {i}  return {value:.2f}")
+    print(*(f"episode {i}  return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
     print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; videos in {folder}")
 
 

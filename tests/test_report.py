@@ -256,15 +256,33 @@ def test_curves_show_the_mean_its_interval_and_published_points(tmp_path):
 
 
 def test_figures_leave_out_single_seeds_beside_several(tmp_path):
-    """A task that has no others shows them; the first screen never does."""
-    for experiment, seed in (("mbpo", 1), ("mbpo", 2), ("sac", 1), ("sac", 2), ("tried", 1)):
-        write_run(tmp_path, experiment, seed)
+    """A task that has no others shows them; the first screen never does, nor what ended early."""
+    for experiment, seed in itertools.product(("mbpo_ftfl", "sac_utd10", "short"), (1, 2)):
+        returns = (1, 2) if experiment == "short" else (1, 2, 3)
+        write_run(tmp_path, experiment, seed, returns=returns)
+    write_run(tmp_path, "tried")
     for experiment in ("one", "two"):
         write_run(tmp_path, experiment, env_id="dmc/quadruped-walk")
     drawn = report.figures_of(report.load(tmp_path))
     names = {name: {run.split(",")[0] for run in rows.run} for name, (_, rows) in drawn.items()}
-    every = {"mbpo", "sac", "one", "two"}
-    assert names == {"curves": every, "first": {"mbpo", "sac"}, "training": every}
+    first = {"mbpo_ftfl", "sac_utd10"}
+    every = first | {"short", "one", "two"}
+    assert names == {"curves": every, "first": first, "training": every}
+
+
+def test_variants_have_the_colour_of_their_script(tmp_path):
+    """The script itself is solid and the variant is not."""
+    names = ["mbpo", "mbpo_late", "mbpo_ftfl", "mbpo_ftfl_late", "sac_utd10", "other"]
+    for name in names:
+        write_run(tmp_path, name)
+    grid = report.draw_curves(report.load(tmp_path))
+    lines = zip(grid.legend.texts, grid.legend.get_lines(), strict=False)
+    look = {text.get_text().split(",")[0]: (x.get_color(), x.is_dashed()) for text, x in lines}
+    colours = {name: look[name][0] for name in names}
+    assert colours["mbpo"] == colours["mbpo_late"]
+    assert colours["mbpo_ftfl"] == colours["mbpo_ftfl_late"]
+    assert len({*colours.values()}) == 4
+    assert [name for name in names if look[name][1]] == ["mbpo_late", "mbpo_ftfl_late"]
 
 
 def test_record_copies_a_run(trained, tmp_path):
