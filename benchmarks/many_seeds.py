@@ -3,11 +3,10 @@
     python benchmarks/many_seeds.py sac.py --seeds 1 2 3 4 --env-id dmc/walker-run
     python benchmarks/many_seeds.py mbpo_ftfl.py --seeds 1 2 3 4 --resume
 
-After --seeds all flags of the script may follow but --seed and --track. Each run is
-the script's own train() in a thread of its own, and writes the run folder that a single run of its
-seed writes, up to rounding: products of stacked matrices are summed in another order. Single runs
-can be taken up here with --resume, and the other way round; seconds in eval.csv are those of all.
-It is for GPUs, which one run is expected to leave idle; on a CPU start runs side by side.
+After --seeds all flags of the script may follow but --seed and --track. Each run is the script's
+own train() in a thread, and writes the folder that a single run of its seed writes, up to rounding:
+stacked products are summed in another order. With --resume it takes up single runs, and they its
+runs; seconds in eval.csv are those of all. It is for GPUs: on a CPU start runs side by side.
 """
 
 import os

@@ -145,11 +145,11 @@ def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {title: run.pivot_table(**shape) for title, run in rows.groupby("run")}
 
 
-def published(task: str) -> pd.core.groupby.DataFrameGroupBy:
-    """What others report on a task, by algorithm; a Gymnasium task is quoted without version."""
+def published(task: str, end: float = math.inf) -> pd.core.groupby.DataFrameGroupBy:
+    """What others report of a task until step `end`; Gymnasium's is quoted without version."""
     figures = pd.read_csv(ROOT / "benchmarks" / "published.csv")
     figures["place"] = pd.factorize(figures.algorithm)[0]
-    figures = figures[figures.task.isin([task, task.split("-v")[0]])]
+    figures = figures[figures.task.isin([task, task.split("-v")[0]]) & (figures.step <= end)]
     return figures.groupby(["algorithm", "source", "seeds"], sort=False)
 
 
@@ -237,14 +237,15 @@ def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
     names = [text.get_text() for text in grid.legend.texts]
     shown = dict(zip(names, grid.legend.legend_handles, strict=True))
     for task, axis in grid.axes_dict.items():
-        for (algorithm, source, _), points in published(task):
+        end = 1.04 * returns.step[returns.task == task].max()
+        for (algorithm, source, _), points in published(task, end):
             style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "color": "0.3", "markersize": 4}
             bars = axis.errorbar(points.step, points["mean"], points["std"], capsize=3, **style)
             shown[f"{algorithm}\n({source})"] = bars
-        axis.set_xlim(right=1.04 * returns.step[returns.task == task].max())
+        axis.set(xlim=(None, end), xlabel="environment step")
         axis.locator_params(axis="x", nbins=5)
     grid.legend.remove()
-    grid.add_legend(shown).set_axis_labels("environment step", "mean return")
+    grid.add_legend(shown).set_ylabels("mean return")
     return grid.set_titles("{col_name}").tight_layout()
 
 
@@ -263,10 +264,10 @@ def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
     """Per run the mean of its seeds, and a band, the 95 % bootstrap interval of that mean."""
     lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "palette": {}, "dashes": {}}
     lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0}
-    for run in sorted(rows.run.unique(), key=len):  # of one colour the shortest title is solid
+    for run in rows.run.value_counts().index:  # of one colour that with the most data is solid
         colour = next(COLOURS[name] for name in COLOURS if run.startswith(name))
         like = [*lines["palette"].values()].count(colour)
-        lines["palette"][run], lines["dashes"][run] = colour, (12 // like, 2) if like else ""
+        lines["palette"][run], lines["dashes"][run] = colour, (6 // like, 2) if like else ""
     return sns.relplot(rows, **lines, facet_kws={"sharex": False, "sharey": False}, **layout)
 
 
