@@ -12,12 +12,12 @@ networks, each on its own bootstrap sample of the real transitions, predicts nex
     loss          sum_e E[(mu_e - y)^2 / sigma_e^2 + log sigma_e^2], mean over dimensions
     target        y = [s' - s, r]
     prediction    s' = s + y[:-1],   r = y[-1],   y ~ p_e, e drawn among the elites
-    rollouts      from real states, with the policy's actions, fill the synthetic buffer
+    rollouts      of one step, from random real states, by the policy, fill the synthetic buffer
     SAC           as in sac.py, on batches of 5 % real and 95 % synthetic transitions
 
 Run: python mbpo.py --env-id dmc/walker-run --seed 3
 Differs from sac.py in: the ensemble, its rollouts, where batches come from, 20 updates per step.
-Sources: MBPO arXiv 1906.08253, SAC 1812.05905, J github.com/jannerm/mbpo, S CLeARoboticsLab/STFL.
+Sources: MBPO arXiv 1906.08253, SAC 1812.05905, J jannerm/mbpo, S CLeARoboticsLab/STFL (both MBPO).
 """
 
 import difflib
@@ -55,7 +55,7 @@ class Args:
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (S)
     learning_starts: int = 10_000  # environment steps of uniform random actions, of the total (S)
-    updates_per_step: int = 20  # SAC updates per environment step (MBPO, table 1; J, S)
+    updates_per_step: int = 20  # SAC updates per environment step (S; MBPO, table 1, J: by task)
     ensemble_size: int = 7  # networks in the ensemble (MBPO, table 1; J, S)
     num_elites: int = 5  # networks that rollouts draw from, those of least holdout error (J, S)
     model_hidden: int = 200  # units in each of the four hidden layers (MBPO, table 1; J, S)
@@ -63,11 +63,11 @@ class Args:
     model_train_frequency: int = 250  # environment steps between fits (J, S)
     model_first_updates: int = 10_000  # gradient steps of the first fit (README; S: 5,000)
     model_updates: int = 500  # gradient steps of every later fit (README; S: 5,000)
-    model_patience: int | None = None  # else fits end after more epochs without a 1 % gain (J: 5)
+    model_patience: int | None = None  # if set, fits end after more epochs without 1 % gain (J: 5)
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (J)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, table 1; J, S)
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # steps START END, horizons FROM TO
-    real_ratio: float = 0.05  # share of real transitions in a SAC batch, rounded down (MBPO; J, S)
+    real_ratio: float = 0.05  # share of real transitions in a SAC batch, rounded down (J; S: up)
     never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
     batch_size: int = 256  # transitions per SAC update (SAC, table 1; J, S)
     gamma: float = 0.99  # discount factor (SAC, table 1; J, S)
@@ -76,11 +76,11 @@ class Args:
     q_lr: float = 3e-4  # Adam step size of critics and temperature (SAC, table 1; J, S)
     autotune: bool = True  # learn the temperature (SAC, section 5; J, S)
     alpha: float = 1.0  # temperature to start from (J, S), or to keep with --no-autotune
-    target_entropy: float | None = None  # nats; None is -(action dimensions) / 2 (S)
+    target_entropy: float | None = None  # nats; None: -(action dimensions) / 2 (S; SAC: not halved)
     buffer_size: int = 1_000_000  # real transitions kept (SAC, table 1; J, S)
     eval_frequency: int = 5_000  # environment steps between evaluations, 0 for none (S)
     eval_episodes: int = 10  # episodes with deterministic actions per evaluation (S)
-    checkpoint_frequency: int = 10_000  # environment steps between checkpoints, 0 for none
+    checkpoint_frequency: int = 10_000  # steps between checkpoints, at an episode's end; 0: none
     run_root: str = "runs"  # folder of the run folders (CleanRL)
     exp_name: str = Path(__file__).stem  # middle part of the run folder's name (CleanRL)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
@@ -177,7 +177,7 @@ def check_finite(step: int, **quantities) -> None:
             raise FloatingPointError(f"{name} is not finite at step {step}: the run stops")
 
 
-HEALTHY = {  # by Gymnasium task: true while it goes on, of s [S, ...], a [A, ...], s' = n [S, ...]
+HEALTHY = {  # Gymnasium's v5 conditions to go on, of s [S, ...], a [A, ...], s' = n [S, ...]
     "Hopper": lambda s, a, n: (n[0] > 0.7) & (n[1].abs() < 0.2) & (n[1:].abs() < 100).all(0),
     "Walker2d": lambda s, a, n: (n[0] > 0.8) & (n[0] < 2) & (n[1].abs() < 1),
     "Ant": lambda s, a, n: (n[0] >= 0.2) & (n[0] <= 1) & n.isfinite().all(0),
@@ -205,7 +205,7 @@ def check_termination(terminates, args: Args, step: int, obs, action, next_obs, 
 
 
 # --- Replay ---------------------------------------------------------------------------------------
-class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch shape
+class Batch(NamedTuple):  # transitions; S, A: numbers in a state, an action; ...: any batch shape
     obs: Tensor  # [..., S]
     action: Tensor  # [..., A], in [-1, 1]
     reward: Tensor  # [...]
@@ -246,7 +246,7 @@ class ReplayBuffer:
 
 # --- Networks -------------------------------------------------------------------------------------
 def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
-    """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
+    """Two hidden ReLU layers (SAC, table 1), orthogonal, gain sqrt 2 (S; log std: 1), zero bias."""
     layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -380,7 +380,7 @@ def fit_ensemble(learner: dict, data: Batch, updates: int, update, net, args, dr
 
     Weights and Adam's moments carry over; split, scalers and bootstrap samples are drawn anew. Each
     member takes `updates` steps and keeps its last weights (S), or stops early (`stop_early`, J).
-    Elites are those of least error on the holdout, which earlier fits have partly trained on (J).
+    Elites are those of least error on the holdout, most of which earlier fits have trained on (J).
     """
     order = torch.randperm(len(data.reward), **draw)
     held_out = min(int(args.holdout_ratio * len(order)), 5000)  # J
@@ -408,7 +408,7 @@ def fit_ensemble(learner: dict, data: Batch, updates: int, update, net, args, dr
         for _ in range(updates):
             loss = learn()
     else:
-        epoch = math.ceil(len(train) / 256)  # gradient steps
+        epoch = math.ceil(len(train) / 256)  # gradient steps; their rows are drawn with replacement
         loss, updates = stop_early(learner, learn, holdout_error, epoch, args.model_patience)
 
     error = holdout_error()
@@ -422,7 +422,7 @@ def fit_ensemble(learner: dict, data: Batch, updates: int, update, net, args, dr
 def stop_early(learner: dict, learn, holdout_error, epoch: int, patience: int) -> tuple:
     """Learns until more than `patience` epochs in a row improve no member's error by 1 % (J).
 
-    Each member then goes back to its weights after its own best epoch, but not the bounds, nor
+    Each member then goes back to its weights after its own last 1 % gain, but not the bounds, nor
     Adam's moments. Returns the last loss and the gradient steps kept, the mean over members.
     """
     weights = {name: p for name, p in learner["params"].items() if "log_var" not in name}
@@ -450,7 +450,7 @@ def model_metrics(mean: Tensor, log_var: Tensor, targets: Tensor, inflation: Ten
 
     reward_error, state_error   E[(mu - y)^2] / Var[y], of the network's own targets
     change_error                E[(mu - y)^2 + sigma^2], what rollouts draw, but in units of
-                                Var[s' - s]: at 1, s' is off by as much as one step changes it;
+                                Var[s' - s]: at 1, no better than s plus the mean change;
                                 `inflation` [S] is Std[y] / Std[s' - s] before any scaling
     reward_share_of_loss        the reward's part of sum_i E[(mu_i - y_i)^2 / sigma_i^2] (FTFL)
     reward_std_ratio            E[sigma] / Std[y] of the reward (FTFL)
@@ -564,7 +564,7 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
-    G_t = r_t + gamma V_{t+1}, V_t = G_t - alpha log pi(a'_t | s_t) for a sampled a'_t, as Q has it.
+    G_t = r_t + gamma V_{t+1}, V_t = G_t - alpha log pi(a'_t | s_t), a'_t sampled, a_t the mean's.
     V_T is 0 after a termination; at a time limit min_i Q_i(s_T, a'_T) stands in for G_T.
     """
     obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
@@ -679,7 +679,7 @@ def train(args: Args) -> dict:
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     terminates = termination_function(args)
-    per_horizon = 1000 * args.rollouts_per_step  # the synthetic buffer keeps 1,000 steps' (J)
+    per_horizon = 1000 * args.rollouts_per_step  # synthetic rows kept, per step of the horizon (J)
     most = args.buffer_size + per_horizon * max(args.rollout_schedule[2:])
     ReplayBuffer(most, *dims, device)  # raises now if both buffers will not fit at their largest
     buffer = ReplayBuffer(args.buffer_size, *dims, device)

@@ -8,7 +8,7 @@
 A policy pi(a | s) maximizes the discounted return plus the entropy bonus alpha H(pi(. | s)):
 
     y = r + gamma (1 - terminated) [min_i Q'_i(s', a') - alpha log pi(a' | s')],   a' ~ pi(. | s')
-    critics       J(Q) = sum_i E[(Q_i(s, a) - y)^2]                                        (eq. 5)
+    critics       J(Q) = sum_i E[(Q_i(s, a) - y)^2]                                    (2 x eq. 5)
     targets       Q'_i <- (1 - tau) Q'_i + tau Q_i
     actor         J(pi) = E[alpha log pi(a | s) - min_i Q_i(s, a)],   a ~ pi(. | s)        (eq. 7)
     temperature   J(alpha) = alpha (E[-log pi(a | s)] - target entropy)                   (eq. 18)
@@ -60,11 +60,11 @@ class Args:
     q_lr: float = 3e-4  # Adam step size of critics and temperature (SAC, table 1; J, S)
     autotune: bool = True  # learn the temperature (SAC, section 5; J, S)
     alpha: float = 1.0  # temperature to start from (J, S), or to keep with --no-autotune
-    target_entropy: float | None = None  # nats; None is -(action dimensions) / 2 (S)
+    target_entropy: float | None = None  # nats; None: -(action dimensions) / 2 (S; SAC: not halved)
     buffer_size: int = 1_000_000  # real transitions kept (SAC, table 1; J, S)
     eval_frequency: int = 5_000  # environment steps between evaluations, 0 for none (S)
     eval_episodes: int = 10  # episodes with deterministic actions per evaluation (S)
-    checkpoint_frequency: int = 10_000  # environment steps between checkpoints, 0 for none
+    checkpoint_frequency: int = 10_000  # steps between checkpoints, at an episode's end; 0: none
     run_root: str = "runs"  # folder of the run folders (CleanRL)
     exp_name: str = Path(__file__).stem  # middle part of the run folder's name (CleanRL)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
@@ -153,7 +153,7 @@ def check_finite(step: int, **quantities) -> None:
 
 
 # --- Replay ---------------------------------------------------------------------------------------
-class Batch(NamedTuple):  # transitions, taken apart; ... stands for any batch shape
+class Batch(NamedTuple):  # transitions; S, A: numbers in a state, an action; ...: any batch shape
     obs: Tensor  # [..., S]
     action: Tensor  # [..., A], in [-1, 1]
     reward: Tensor  # [...]
@@ -194,7 +194,7 @@ class ReplayBuffer:
 
 # --- Networks -------------------------------------------------------------------------------------
 def mlp(in_dim: int, out_dim: int, hidden: int = 256) -> nn.Sequential:
-    """Two hidden ReLU layers (SAC, table 1), orthogonal with gain sqrt 2, zero bias (S)."""
+    """Two hidden ReLU layers (SAC, table 1), orthogonal, gain sqrt 2 (S; log std: 1), zero bias."""
     layers = [nn.Linear(in_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out_dim)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -305,7 +305,7 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, nets: dict, args: Args)
 def critic_bias(agent: dict, nets: dict, gamma: float, episode: Batch, noise: Tensor) -> float:
     """Mean over an episode's T steps of min_i Q_i(s_t, a_t) - G_t; noise [T + 1, A].
 
-    G_t = r_t + gamma V_{t+1}, V_t = G_t - alpha log pi(a'_t | s_t) for a sampled a'_t, as Q has it.
+    G_t = r_t + gamma V_{t+1}, V_t = G_t - alpha log pi(a'_t | s_t), a'_t sampled, a_t the mean's.
     V_T is 0 after a termination; at a time limit min_i Q_i(s_T, a'_T) stands in for G_T.
     """
     obs = torch.cat([episode.obs, episode.next_obs[-1:]])  # [T + 1, S]
