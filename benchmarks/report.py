@@ -147,10 +147,10 @@ def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def published(task: str, end: float = math.inf) -> pd.core.groupby.DataFrameGroupBy:
     """What others report of a task until step `end`; Gymnasium's is quoted without version."""
-    figures = pd.read_csv(ROOT / "benchmarks" / "published.csv")
+    figures = pd.read_csv(ROOT / "benchmarks" / "published.csv", dtype={"seeds": "Int64"})
     figures["place"] = pd.factorize(figures.algorithm)[0]
     figures = figures[figures.task.isin([task, task.split("-v")[0]]) & (figures.step <= end)]
-    return figures.groupby(["algorithm", "source", "seeds"], sort=False)
+    return figures.groupby(["algorithm", "source", "seeds"], sort=False, dropna=False)
 
 
 def interval(scores: np.ndarray) -> tuple[float, float]:
@@ -180,7 +180,7 @@ def paired(curves: dict[str, pd.DataFrame]) -> list[dict]:
         rival = title.replace(f"{one},", f"{other},")
         if rival != title and rival in curves:
             ahead = (curves[title] - curves[rival]).dropna(axis=1, how="all").dropna()
-            line = {"run": f"{one} less {other}, seed by seed", "seeds": ahead.shape[1]}
+            line = {"run": f"{one} less {other}, paired by seed", "seeds": ahead.shape[1]}
             lines += [line | {f"return at {x:,}": cell(ahead, x)} for x in ahead.index[-1:]]
     return lines
 
@@ -195,12 +195,12 @@ def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
         last = max(step for step in steps if step <= curves.index.max())
         line |= {"critic bias": cell(biases.get(title, curves[:0]), last)}
         if fits := updates.get(title, curves[:0]).loc[:last].sum().mean():
-            line["model updates"] = f"{fits:,.0f}"
+            line["model's gradient steps"] = f"{fits:,.0f}"
         lines.append(line)
     lines += paired(returns)
     for (algorithm, source, seeds), points in published(task):
         at = {f"return at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
-        if known := {name: text for name, text in at.items() if name in lines[0]}:
+        if known := {name: x.removesuffix(" ± nan") for name, x in at.items() if name in lines[0]}:
             lines.append({"run": f"{algorithm} ({source})", "seeds": seeds} | known)
     text = markdown(pd.DataFrame(lines).fillna("").rename(columns={"run": task}))
     return text + OTHER_CODE * any(rows.run.str.endswith("†"))
@@ -263,7 +263,7 @@ def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
 def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
     """Per run the mean of its seeds, and a band, the 95 % bootstrap interval of that mean."""
     lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "palette": {}, "dashes": {}}
-    lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0}
+    lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0, "err_kws": {"alpha": 0.12}}
     for run in rows.run.value_counts().index:  # of one colour that with the most data is solid
         colour = next(COLOURS[name] for name in COLOURS if run.startswith(name))
         like = [*lines["palette"].values()].count(colour)

@@ -103,8 +103,8 @@ def test_table_of_a_task(tmp_path):
     write_run(tmp_path, "late", returns=(0, 5, 7))
     write_run(tmp_path, "late", seed=2, returns=(0, 6))
     rows = rows_of(report.tables(report.load(tmp_path)))
-    titles = ["seeds", "return at 1,000", "return at 2,000", "critic bias", "model updates"]
-    assert rows["dmc/walker-run"] == titles
+    returns = ["return at 1,000", "return at 2,000"]
+    assert rows["dmc/walker-run"] == ["seeds", *returns, "critic bias", "model's gradient steps"]
     name = "{}, 10 updates per step".format
     mbpo = ["2", "15 [10, 20]", "30 [20, 40]", "-15 [-20, -10]", "515"]
     assert rows[name("mbpo")] == mbpo
@@ -120,7 +120,7 @@ def test_the_pair_is_compared_over_common_seeds(tmp_path):
     assert "less" not in report.tables(report.load(tmp_path))
     for seed, value in ((1, 80), (2, 6), (4, 1000)):
         write_run(tmp_path, "sac_utd10", seed, returns=(0, 0, value))
-    name = "mbpo_ftfl less sac_utd10, seed by seed"
+    name = "mbpo_ftfl less sac_utd10, paired by seed"
     assert rows_of(report.tables(report.load(tmp_path)))[name] == ["2", "", "12 [4, 20]", ""]
     write_run(tmp_path, "sac_utd10", 3, returns=(0, 200))
     assert rows_of(report.tables(report.load(tmp_path)))[name] == ["3", "137 [10, 300]", "", ""]
@@ -203,6 +203,8 @@ def test_what_is_generated_follows_from_the_files(tree, monkeypatch):
     assert main("--write", "--results", results) == (0, "", "")
     assert main("--check", "--results", results) == (0, "", "")
     assert "| 24.6 ± 3.8" in readme.read_text()
+    standing = "Standing still (a sixth of 1000: dm_control/suite/walker.py)"
+    assert {*rows_of(readme.read_text())[standing]} == {"166.7", ""}  # no seeds, no deviation
     alter(results / "dmc-walker-run__mbpo_ftfl__1/eval.csv", 1, "987.5")
     found = "".join(f"{path} is out of date: give --write\n" for path in (first, readme))
     assert main("--check", "--results", results) == (1, found, "")
