@@ -47,7 +47,7 @@ from tyro.conf import arg
 
 matplotlib.use("Agg")  # pictures without a display
 SUITE = "hopper-hop hopper-stand humanoid-stand humanoid-walk humanoid-run quadruped-run"
-SUITE += " quadruped-walk walker-run cheetah-run"
+SUITE += " quadruped-walk walker-run cheetah-run cartpole-swingup"
 GYM = "Hopper Walker2d HalfCheetah Ant Humanoid"
 TASKS = *(f"dmc/{task}" for task in SUITE.split()), *(f"{task}-v5" for task in GYM.split())
 STEP = f"{mbrl.Args.model_lr:g}"  # the scripts' Adam step size
