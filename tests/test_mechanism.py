@@ -310,8 +310,8 @@ def test_recorded_results_are_presented_and_kept(recorded, undrawn, monkeypatch)
     out = recorded("mechanism")
     mechanism.run(mechanism.Options(jobs=1, out=out))
     said = (out / "summary.md").read_text()
-    assert "| 13 of 14 (0.55) " in said  # data sets where to normalize s' - s helps the change
-    assert len(undrawn["errors_state.png"]) == 16 * len(fits_of.CELLS) * 3 * 3
+    assert "| 14 of 15 (0.54) " in said  # data sets where to normalize s' - s helps the change
+    assert len(undrawn["errors_state.png"]) == 18 * len(fits_of.CELLS) * 3 * 3
     before = pd.read_csv(out / "fits.csv")
     new = {"task": POLE, "data": "random", "lr": "0.001", "seed": 1, "cell": "raw direct"}
     mechanism.add(pd.DataFrame([new | {"updates": 300}]), out / "fits.csv")
