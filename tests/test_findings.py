@@ -1,0 +1,438 @@
+"""What both READMEs say in words of the recorded runs, held against benchmarks/results/.
+
+A test begins with the sentences that it checks, so that neither they nor the files change alone.
+Words are read as: "about", "near", "level with": within a fifth; "several times": three or more;
+"well above", "well below": by a half of the larger one.
+"""
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import report
+from helpers_run import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+WALKER, QUADRUPED, CARTPOLE = "dmc/walker-run", "dmc/quadruped-walk", "dmc/cartpole-swingup"
+HOPPER = "Hopper-v5"
+FTFL, ABLATION = "mbpo_ftfl", "mbpo_residual_ablation"
+FITTED = ["mbpo", FTFL, ABLATION, "raw_direct"]  # runs with a model that share all else
+FITS2000 = ["mbpo_fits2000", f"{FTFL}_fits2000", f"{ABLATION}_fits2000"]
+BIAS, REWARD, SPREAD, CHANGE = report.TRAINING  # tags
+UPDATES = "model/updates"
+SAC = ["sac_utd1", "sac_utd10", "sac_utd8"]
+STANDING = 1000 / 6  # return of an episode of standing still on walker-run
+MOST = 100  # a discounted return of rewards of at most 1, gamma = 0.99
+DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+
+
+def says(*sentences: str) -> None:
+    """Fails unless each of these stands in a README, whatever its line breaks and bold words."""
+    texts = [" ".join(path.read_text().replace("**", "").split()) for path in DOCUMENTS]
+    for sentence in sentences:
+        assert any(" ".join(sentence.split()) in text for text in texts), sentence
+
+
+@cache
+def runs(folder: str = ".") -> dict:
+    """Recorded runs of a folder in results/: {(task, experiment): {seed: what read_run gives}}."""
+    found = {}
+    for file in sorted((RESULTS / folder).glob("*__*__*/args.json")):
+        args, *rows = report.read_run(file.parent)
+        found.setdefault((args["env_id"], args["exp_name"]), {})[args["seed"]] = args, *rows
+    return found
+
+
+def curves(task: str, experiment: str, tag: str = "return", folder: str = ".") -> pd.DataFrame:
+    """Values of a tag of an experiment: a row per step, a column per seed."""
+    columns = {}
+    for seed, (_, evaluations, scalars) in runs(folder)[task, experiment].items():
+        rows = scalars[scalars.tag == tag].rename(columns={"value": "mean"})
+        rows = evaluations if tag == "return" else rows
+        columns[seed] = rows.drop_duplicates("step", keep="last").set_index("step")["mean"]
+    return pd.DataFrame(columns)
+
+
+def at(step: int, task: str, experiment: str, tag: str = "return") -> pd.Series:
+    """Values of a tag at a step, by seed."""
+    return curves(task, experiment, tag).loc[step].dropna()
+
+
+def means(step: int, task: str, experiments: list[str], tag: str = "return") -> pd.Series:
+    """Means over seeds of a tag at a step, by experiment."""
+    return pd.Series({name: at(step, task, name, tag).mean() for name in experiments})
+
+
+def setting(name: str, task: str, experiment: str) -> dict:
+    """What a setting was, by seed."""
+    return {seed: args[name] for seed, (args, *_) in runs()[task, experiment].items()}
+
+
+def published(task: str, algorithm: str) -> pd.DataFrame:
+    """Published mean and std by step."""
+    rows = pd.read_csv(ROOT / "benchmarks" / "published.csv")
+    return rows[(rows.task == task) & (rows.algorithm == algorithm)].set_index("step")
+
+
+def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
+    says(
+        """At step 25,000 of walker-run each run with a model is ahead of each of SAC with the same
+        settings, but not of each of `sac_utd8`""",
+        "At 25,000 two of its seeds are ahead of some runs with a model",
+    )
+    sac = pd.concat([at(25_000, WALKER, name) for name in ("sac_utd1", "sac_utd10")])
+    model = pd.concat([at(25_000, WALKER, name) for name in FITTED + FITS2000])
+    assert len(sac) == 6
+    assert model.min() > sac.max()
+    assert (at(25_000, WALKER, "sac_utd8") > model.min()).sum() == 2
+
+
+def test_ftfl_is_not_ahead_of_mbpo():
+    says(
+        "FTFL is not ahead of MBPO: most earn what standing still does",
+        "By step 25,000 most runs with a model are near that.",
+        """Two seeds of the ablation, one of `raw_direct`, and with `_fits2000` one of FTFL and
+        MBPO's are well above it, and lift the means of theirs.""",
+        "None of our runs has the papers' 500,000 steps.",
+    )
+    returns = {name: at(25_000, WALKER, name) for name in FITTED + FITS2000}
+    assert returns[FTFL].mean() < returns["mbpo"].mean()
+    every = pd.concat(returns)
+    assert (every.between(0.75 * STANDING, 1.25 * STANDING)).mean() > 0.6
+    beyond = every[every > 1.25 * STANDING].groupby(level=0).size()
+    assert beyond.to_dict() == {
+        ABLATION: 2,
+        "raw_direct": 1,
+        f"{FTFL}_fits2000": 1,
+        "mbpo_fits2000": 1,
+    }
+    longest = max(run[1].step.max() for seeds in runs().values() for run in seeds.values())
+    assert longest < 500_000
+
+
+def test_first_fits_of_the_reward_on_walker_run():
+    says(
+        """On walker-run, where the reward is small beside s' - s, MBPO's first fit learns it
+        several times worse than the ablation's and FTFL's, later ones less so.""",
+        """on walker-run, the error of the reward after the first fit is largest for `mbpo`, then
+        `raw_direct`, then the ablation, and least for FTFL""",
+        """Later the errors come near each other (at step 15,000 the ablation's is the largest); at
+        25,000 raw targets have the larger mean error and predicted spread, by about half.""",
+    )
+    first, later, last = (means(step, WALKER, FITTED, REWARD) for step in (5000, 15_000, 25_000))
+    assert [*first.sort_values(ascending=False).index] == ["mbpo", "raw_direct", ABLATION, FTFL]
+    assert first["mbpo"] > 3 * first[ABLATION]
+    assert later["mbpo"] / later[ABLATION] < last["mbpo"] / last[ABLATION] < 2
+    assert later.idxmax() == ABLATION
+    raw, scaled = ["mbpo", "raw_direct"], [FTFL, ABLATION]
+    for tag in (REWARD, SPREAD):
+        values = means(25_000, WALKER, FITTED, tag)
+        assert values[raw].min() > values[scaled].max()
+        assert 1.3 < values[raw].mean() / values[scaled].mean() < 1.8
+
+
+def test_fits_that_stop_early():
+    says(
+        "Fits that stop early go with lower returns",
+        """keep some thousands of gradient steps at first; later most keep fewer than a hundred, a
+        few some thousands. The return at step 15,000 is lower for `mbpo.py` as for `mbpo_ftfl.py`
+        (on other hardware).""",
+        """with raw targets its predicted spread begins at a third of the reward's deviation or
+        more, and its error at several times that of FTFL's. The error of s' is at first the larger
+        one with FTFL. At the end errors and returns are about the same.""",
+    )
+    both = "mbpo_patience5", f"{FTFL}_patience5"
+    for name, other in zip(both, ("mbpo", FTFL), strict=True):
+        updates = curves(WALKER, name, UPDATES)
+        assert updates.iloc[0].between(2000, 5000).all()
+        later = updates.iloc[1:].stack()
+        assert (later < 100).mean() > 0.5
+        assert 0 < (later > 1000).sum() < 10
+        assert means(15_000, WALKER, [name])[name] < means(15_000, WALKER, [other])[other]
+        assert {*setting("device", WALKER, name).values()} == {"cpu"}
+        assert {*setting("device", WALKER, other).values()} == {"cuda"}
+    raw, ftfl = ({tag: curves(WALKER, name, tag) for tag in report.TRAINING} for name in both)
+    assert raw[SPREAD].iloc[0].min() > 1 / 3
+    assert raw[REWARD].iloc[0].min() > 3 * ftfl[REWARD].iloc[0].max()
+    assert ftfl[CHANGE].iloc[0].min() > raw[CHANGE].iloc[0].max()
+    for tag in (REWARD, CHANGE):
+        assert 0.75 < raw[tag].loc[15_000].mean() / ftfl[tag].loc[15_000].mean() < 1.25
+    one, other = (means(15_000, WALKER, [name])[name] for name in both)
+    assert 0.8 < one / other < 1.25
+
+
+def test_older_runs_of_ftfl():
+    says(
+        """(`results/early_stopping/`, two seeds) a fit had 500 gradient steps at most and stopped
+        early, and the first temperature was 1: FTFL came last at step 20,000, and its critic
+        overestimated.""",
+        "(`_first500`; its error of s' is at first larger than the variance of s' - s)",
+        """At step 15,000 each of these five runs returns more than twice what either older run of
+        FTFL does, and none has a bias""",
+        """its s' is better on the holdout (of which earlier fits have seen most), its reward
+        hardly, its return at step 10,000 not (one seed).""",
+    )
+    old = "early_stopping"
+    returns = {name: curves(WALKER, name, folder=old) for _, name in runs(old)}
+    assert {run.shape[1] for run in returns.values()} == {2}
+    assert min(returns, key=lambda name: returns[name].loc[20_000].mean()) == FTFL
+    assert curves(WALKER, FTFL, UPDATES, old).max().max() <= 500
+    assert curves(WALKER, FTFL, BIAS, old).loc[20_000].min() > 10
+    today = [f"{FTFL}_{name}" for name in ("alpha1", "first500", "patience5")]
+    five = pd.concat([at(15_000, WALKER, name) for name in today])
+    assert len(five) == 5
+    assert five.min() > 2 * returns[FTFL].loc[15_000].max()
+    assert pd.concat([at(15_000, WALKER, name, BIAS) for name in today]).abs().max() < 2
+    assert curves(WALKER, f"{FTFL}_first500", CHANGE).iloc[0].item() > 1
+    long, short = f"{FTFL}_long_fits", FTFL
+    state, reward = (
+        (curves(WALKER, long, tag)[1] / curves(WALKER, short, tag)[1]).loc[7500:10_000].mean()
+        for tag in (CHANGE, REWARD)
+    )
+    assert state < 0.6
+    assert 0.9 < reward < 1
+    assert at(10_000, WALKER, long)[1] < at(10_000, WALKER, short)[1]
+
+
+def test_more_updates_per_fit():
+    says(
+        """lower the error of s' for all three scripts, and two of those runs lead.""",
+        """In fits of 500 steps FTFL's mean error of s' (`model/change_error_mean`) stays above
+        MBPO's at nearly all fits.""",
+        """it is lower at steps 15,000 and 25,000, by about a quarter for MBPO and by more than a
+        third for FTFL and the ablation, so FTFL no longer has the largest""",
+        """Of the reward FTFL has less than half of MBPO's error up to step 15,000 (but for one
+        fit), about four fifths from 20,000 on.""",
+        """at 10,000 each of the four runs is below the mean of its like with 500 steps, at 15,000
+        each but FTFL's seed 1. At 25,000 FTFL's seed 1 and MBPO return more than every other run
+        of walker-run, FTFL's seed 2 and the ablation about what standing earns.""",
+        """with four times as many, runs had a third to three fifths of the speed of the
+        ablation's seed 3""",
+    )
+    pairs = dict(zip(FITS2000, ["mbpo", FTFL, ABLATION], strict=True))
+    mbpo, ftfl = (curves(WALKER, name, CHANGE).mean(axis=1) for name in ("mbpo", FTFL))
+    assert (ftfl > mbpo)[mbpo.index.intersection(ftfl.index)].mean() > 0.8
+    for step in (15_000, 25_000):
+        less = {
+            name: 1 - at(step, WALKER, name, CHANGE).mean() / at(step, WALKER, like, CHANGE).mean()
+            for name, like in pairs.items()
+        }
+        assert 0.2 < less["mbpo_fits2000"] < 0.3
+        assert min(less[name] for name in FITS2000[1:]) > 1 / 3
+        assert means(step, WALKER, FITS2000, CHANGE).idxmax() != FITS2000[1]
+    mbpo, ftfl, _ = (curves(WALKER, name, REWARD).mean(axis=1) for name in FITS2000)
+    share = ftfl / mbpo
+    assert (share.loc[:15_000] > 0.5).sum() == 1
+    assert 0.75 < share.loc[20_000:].mean() < 0.85
+    ahead = {10_000: [], 15_000: [(f"{FTFL}_fits2000", 1)]}
+    for step, exceptions in ahead.items():
+        for name, like in pairs.items():
+            above = at(step, WALKER, name) > at(step, WALKER, like).mean()
+            assert [(name, seed) for seed in above[above].index] == [
+                one for one in exceptions if one[0] == name
+            ]
+    every = pd.concat({name: at(25_000, WALKER, name) for name in FITTED + FITS2000 + SAC})
+    assert {*every.nlargest(2).index} == {(f"{FTFL}_fits2000", 1), ("mbpo_fits2000", 1)}
+    for one in ((f"{FTFL}_fits2000", 2), (f"{ABLATION}_fits2000", 1)):
+        assert 0.9 < every[one] / STANDING < 1.1
+    speed = "train/steps_per_second"
+    slow = pd.concat([curves(WALKER, name, speed).median() for name in FITS2000])
+    share = slow / curves(WALKER, ABLATION, speed)[3].median()
+    assert 0.3 < share.min() < 0.35
+    assert 0.5 < share.max() < 0.6
+
+
+def test_what_runs_were_made_on():
+    says(
+        """All others, and the ablation's seed 3 of walker-run, were made on CPUs (hopper-stand's
+        does not say); `_alpha1`, `_first500`, `_long_fits`, `_patience5` and `_layernorm` have 5
+        episodes to an evaluation, all else 10.""",
+    )
+    on_gpu = {(WALKER, name) for name in [*FITTED, *SAC[:2]]}
+    on_gpu |= {(QUADRUPED, name) for name in [*FITTED[:3], SAC[1]]}
+    five = "_alpha1", "_first500", "_long_fits", "_patience5", "_layernorm"
+    for (task, name), seeds in runs().items():
+        for seed, (args, *_) in seeds.items():
+            expected = "cuda" if (task, name) in on_gpu else "cpu"
+            expected = "cpu" if (task, name, seed) == (WALKER, ABLATION, 3) else expected
+            expected = "auto" if task == "dmc/hopper-stand" else expected
+            assert args["device"] == expected, (task, name, seed)
+            assert args["eval_episodes"] == (5 if name.endswith(five) else 10), (task, name, seed)
+
+
+def test_sac_follows_its_published_curve():
+    says(
+        "`sac_utd8`, which follows its published curve.",
+        """At the settings of `grids/walker_run.toml` SAC with 10 updates is above the published
+        SAC with 8 until step 20,000, near it at 25,000 and below it at 30,000.""",
+        """it follows the curve to its last point, 50,000: the mean is within one standard deviation
+        of it at every step but 30,000, where two seeds are below and one within.""",
+        """On quadruped-walk, to 30,000, its mean is below the published one from 10,000 on, and
+        within one deviation of it at every step.""",
+    )
+    curve = published(WALKER, "SAC, 8 updates per step")
+    equal = curves(WALKER, "sac_utd10").dropna().mean(axis=1)
+    far = ((equal - curve["mean"]) / curve["std"]).dropna()
+    assert (far.loc[:20_000] > 0).all()
+    assert abs(far[25_000]) < 0.5
+    assert far[30_000] < -1
+    far = (curves(WALKER, "sac_utd8").sub(curve["mean"], axis=0).div(curve["std"], axis=0)).dropna()
+    outside = far.mean(axis=1).abs() > 1
+    assert far.index.max() == 50_000
+    assert [*outside[outside].index] == [30_000]
+    assert sorted(far.loc[30_000] < -1) == [False, True, True]
+    assert far.loc[30_000].abs().min() < 1
+
+    curve = published(QUADRUPED, "SAC, 8 updates per step")
+    ours = curves(QUADRUPED, "sac_utd8").mean(axis=1)
+    far = ((ours - curve["mean"]) / curve["std"]).dropna()
+    assert [*far.index] == [10_000, 15_000, 20_000, 25_000, 30_000]
+    assert far.between(-1, 0).all()
+
+
+def test_critics_on_quadruped_walk():
+    says(
+        """On quadruped-walk all are far below standing still, and all critics leave the possible
+        range""",
+        """Q to hundreds to tens of thousands in `sac.py`, with a model to thousands or far more,
+        positive or negative, whatever the model predicts. In two of FTFL's three seeds it is back
+        in the hundreds at the end; no other run with a model is.""",
+        """With the settings of the published curve (`sac_utd8`) Q passes 100 as well, in one of
+        three seeds to thousands, and is below it again at the end in two.""",
+        """it returns no more than 250 until step 300,000, and 910 at 400,000, after its first
+        reset""",
+    )
+    names = [name for task, name in runs() if task == QUADRUPED]
+    q = {name: curves(QUADRUPED, name, "sac/q") for name in names}
+    most = {name: run.abs().max() for name, run in q.items()}
+    last = {name: run.ffill().iloc[-1].abs() for name, run in q.items()}
+    plain = [name for name in names if not name.endswith("_layernorm")]
+    for name in plain:
+        assert most[name].min() > MOST
+        assert curves(QUADRUPED, name).max().max() < 300
+    assert most["sac_utd10"].between(100, 100_000).all()
+    for name in FITTED[:3]:
+        assert most[name].min() > 1000
+    back = pd.concat({name: last[name] < 1000 for name in FITTED[:3]})
+    assert [name for name, _ in back[back].index] == [FTFL, FTFL]
+    assert (most["sac_utd8"] > 1000).sum() == 1
+    assert (last["sac_utd8"] < MOST).sum() == 2
+    curve = published(QUADRUPED, "SAC, 8 updates per step")["mean"]
+    assert curve.loc[:300_000].max() < 250
+    assert round(curve.loc[400_000]) == 910
+
+
+def test_layernorm_on_quadruped_walk():
+    says(
+        """LayerNorm in the critics, by the diff above, keeps Q within 100 with MBPO, FTFL and SAC
+        until step 15,000""",
+        """though most of SAC's Q is still overestimate in all seeds, of FTFL's in two of three, of
+        MBPO's in none (`sac/q` and `eval/critic_bias` at step 15,000).""",
+        "an untrained one has returned more than the best mean over seeds",
+    )
+    too_high = {}
+    for name in ("sac", FTFL, "mbpo"):
+        q, bias = (curves(QUADRUPED, f"{name}_layernorm", tag) for tag in ("sac/q", BIAS))
+        assert q.abs().max().max() < MOST
+        assert q.index.max() == 15_000
+        too_high[name] = (bias.loc[15_000] / q.loc[15_000] > 0.5).sum()
+    assert too_high == {"sac": 3, FTFL: 2, "mbpo": 0}
+    returns = [curves(QUADRUPED, name) for task, name in runs() if task == QUADRUPED]
+    assert max(run.iloc[0].max() for run in returns) > max(
+        run.iloc[1:].dropna().mean(axis=1).max() for run in returns
+    )
+
+
+def test_hopper():
+    says(
+        """the critic of `mbpo.py` overestimates by thousands at step 10,000, by less at 20,000,
+        that of `mbpo_ftfl.py` by about a tenth as much, then not at all (one seed each). Returns
+        swing between evaluations there, FTFL's by almost a thousand, so that MBPO is below the
+        published mean at 20,000, and FTFL above, says little""",
+    )
+    mbpo, ftfl = (curves(HOPPER, name, BIAS)[1] for name in ("mbpo", FTFL))
+    assert mbpo[10_000] > 2000
+    assert 0 < mbpo[20_000] < mbpo[10_000]
+    assert 0.08 < ftfl[10_000] / mbpo[10_000] < 0.12
+    assert ftfl[20_000] < 0
+    swing = curves(HOPPER, FTFL)[1].diff().abs().max()
+    assert 900 < swing < 1000
+    rows = pd.read_csv(ROOT / "benchmarks" / "published.csv")
+    mean = rows[rows.algorithm.str.startswith("MBPO") & (rows.task == "Hopper")]
+    mean = mean.set_index("step")["mean"][20_000]
+    assert at(20_000, HOPPER, "mbpo")[1] < mean < at(20_000, HOPPER, FTFL)[1]
+
+
+def fits(name: str) -> pd.DataFrame:
+    """Recorded fits of a mode of mechanism.py at learning rate 1e-3, as means over seeds."""
+    rows = pd.read_csv(RESULTS / name / "fits.csv")
+    rows["data"] = np.where(rows.data == "random", "random", "trained")
+    rows = rows[rows.lr == 1e-3].groupby(["task", "data", "updates", "cell"])
+    return rows.mean(numeric_only=True)[["reward_sampled", "slow_sampled", "fast_sampled"]]
+
+
+def test_updates_that_each_target_needs():
+    says(
+        """On walker-run, with data as a run of MBPO has it, s' is the better target in all parts
+        once it has caught up. On the quadruped it is so for the reward, and nearly for what changes
+        fast; its slow dimensions do not catch up.""",
+        """What ridge regression leaves is learned best with few updates, and on the data of both
+        runs as well as s' - s or better at the end.""",
+        """In fast dimensions of the humanoid and the quadruped all targets get worse after some
+        8,000 steps""",
+    )
+    errors = fits("updates_needed").unstack("cell").swaplevel(axis=1)
+    direct, ridge = (
+        errors[f"normalized {name}"] / errors["normalized residual"] for name in ("direct", "ridge")
+    )
+    walker, quadruped = ((task, "trained", 30_000) for task in (WALKER, QUADRUPED))
+    assert (direct.loc[walker] < 0.9).all()
+    assert direct.loc[quadruped, "reward_sampled"] < 0.9
+    assert 0.9 < direct.loc[quadruped, "fast_sampled"] < 1
+    assert direct.xs(QUADRUPED)["slow_sampled"].min() > 2
+    assert (ridge.xs(500, level="updates") < 1.1).all(axis=None)
+    assert (ridge.loc[[walker, quadruped]] < 1.1).all(axis=None)
+    for task in ("dmc/humanoid-stand", QUADRUPED):
+        fast = errors.xs("fast_sampled", axis=1, level=1).loc[task].droplevel("data")
+        assert (fast.loc[12_000:].min() > 1.2 * fast.loc[8000]).all()
+
+
+def test_what_unit_scale_does_to_a_fit():
+    says(
+        """most on the suite's humanoids, where a raw reward is predicted with more noise than it
+        has variance.""",
+        """For the reward it brings little or nothing where the scales are close, as on Hopper-v5
+        and cartpole-swingup (of a random policy, where with s' it costs), and less as a trained
+        policy brings reward.""",
+        "On hopper-hop and hopper-stand a random policy sees hardly any reward",
+        """in dimensions whose rho, the correlation of s_i and s'_i in
+        `results/mechanism/dimensions.csv`, is negative, as the paper has it, and on HalfCheetah-v5,
+        which has the most of them; elsewhere it mostly costs, and most for what changes slowly.""",
+    )
+    reward = fits("mechanism").reward_sampled.xs(3000, level="updates").unstack("cell")
+    gain = reward["normalized residual"] / reward["raw residual"]
+    humanoids = [name for name, _ in reward.index if name.startswith("dmc/humanoid")]
+    assert len(humanoids) == 3
+    assert (reward.loc[humanoids, ["raw residual", "raw direct"]] > 1).all(axis=None)
+    seen = gain.drop(["dmc/hopper-hop", "dmc/hopper-stand"])
+    assert {name for name, _ in seen.nsmallest(3).index} == {*humanoids}
+    assert gain["Hopper-v5", "random"] > 1
+    assert 0.75 < gain[CARTPOLE, "random"] < 1
+    assert (
+        reward["normalized direct"][CARTPOLE, "random"]
+        > 2 * reward["raw direct"][CARTPOLE, "random"]
+    )
+    assert gain[WALKER, "trained"] > 5 * gain[WALKER, "random"]
+    scales = pd.read_csv(RESULTS / "mechanism" / "scales.csv").set_index(["task", "data"])
+    random = scales.xs("random", level="data")
+    assert {*random.index[random.mean_reward.between(0, 1e-4)]} == {
+        "dmc/hopper-hop",
+        "dmc/hopper-stand",
+    }
+    rows = pd.read_csv(RESULTS / "mechanism" / "dimensions.csv")
+    ratio = rows["normalized direct"] / rows["normalized residual"]
+    assert (ratio[rows.rho < 0] < 1).mean() > 0.8
+    assert (ratio[rows.rho > 0] < 1).mean() < 0.2
+    assert ratio[rows.rho > 0.9].median() > ratio[rows.rho.between(0, 0.9)].median() > 1
+    negative = (rows.rho < 0).groupby(rows.task).mean()
+    assert negative.idxmax() == "HalfCheetah-v5"
