@@ -1,8 +1,7 @@
 """What both READMEs say in words of the recorded runs, held against benchmarks/results/.
 
 A test begins with the sentences that it checks, so that neither they nor the files change alone.
-Words are read as: "about", "near", "level with": within a fifth; "several times": three or more;
-"well above", "well below": by a half of the larger one.
+"About", "near", "level with" are read as within a fifth, "well below", "far below" as at most half.
 """
 
 from functools import cache
@@ -47,9 +46,11 @@ def curves(task: str, experiment: str, tag: str = "return", folder: str = ".") -
     """Values of a tag of an experiment: a row per step, a column per seed."""
     columns = {}
     for seed, (_, evaluations, scalars) in runs(folder)[task, experiment].items():
-        rows = scalars[scalars.tag == tag].rename(columns={"value": "mean"})
-        rows = evaluations if tag == "return" else rows
-        columns[seed] = rows.drop_duplicates("step", keep="last").set_index("step")["mean"]
+        if tag == "return":
+            columns[seed] = evaluations.set_index("step")["mean"]
+        else:
+            rows = scalars[scalars.tag == tag].drop_duplicates("step", keep="last")
+            columns[seed] = rows.set_index("step").value
     return pd.DataFrame(columns)
 
 
@@ -89,40 +90,48 @@ def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
 
 def test_ftfl_is_not_ahead_of_mbpo():
     says(
-        "FTFL is not ahead of MBPO: most earn what standing still does",
+        """With fits of 500 steps FTFL is ahead of MBPO in no seed: most earn what standing still
+        does; who runs by then may be chance. No run has the papers' 500,000 steps.""",
         "By step 25,000 most runs with a model are near that.",
         """Two seeds of the ablation, one of `raw_direct`, and with `_fits2000` one of FTFL and
-        MBPO's are well above it, and lift the means of theirs.""",
-        "None of our runs has the papers' 500,000 steps.",
+        MBPO's are more than a third above it, and lift the means of those with several seeds.""",
     )
     returns = {name: at(25_000, WALKER, name) for name in FITTED + FITS2000}
-    assert returns[FTFL].mean() < returns["mbpo"].mean()
+    assert (returns[FTFL] < returns["mbpo"]).all()
     every = pd.concat(returns)
-    assert (every.between(0.75 * STANDING, 1.25 * STANDING)).mean() > 0.6
-    beyond = every[every > 1.25 * STANDING].groupby(level=0).size()
-    assert beyond.to_dict() == {
+    assert every.between(0.8 * STANDING, 1.2 * STANDING).mean() > 0.5
+    beyond = every[every > 4 / 3 * STANDING].groupby(level=0)
+    assert beyond.size().to_dict() == {
         ABLATION: 2,
         "raw_direct": 1,
         f"{FTFL}_fits2000": 1,
         "mbpo_fits2000": 1,
     }
-    longest = max(run[1].step.max() for seeds in runs().values() for run in seeds.values())
-    assert longest < 500_000
+    others = every[every <= 4 / 3 * STANDING].groupby(level=0).mean()
+    for name in (ABLATION, "raw_direct", FITS2000[1]):
+        assert len(returns[name]) > 1
+        assert returns[name].mean() > others[name]
+    folders = ".", "first_curves", "early_stopping", "quadruped_causes"
+    every = [run for folder in folders for seeds in runs(folder).values() for run in seeds.values()]
+    assert 30_000 < max(run[1].step.max() for run in every) < 500_000
 
 
 def test_first_fits_of_the_reward_on_walker_run():
     says(
-        """On walker-run, where the reward is small beside s' - s, MBPO's first fit learns it
-        several times worse than the ablation's and FTFL's, later ones less so.""",
+        """On walker-run, where the reward is small beside s' - s, MBPO's first fit has three times
+        the ablation's error of it, nine times FTFL's, later fits less.""",
         """on walker-run, the error of the reward after the first fit is largest for `mbpo`, then
         `raw_direct`, then the ablation, and least for FTFL""",
-        """Later the errors come near each other (at step 15,000 the ablation's is the largest); at
-        25,000 raw targets have the larger mean error and predicted spread, by about half.""",
+        """Later the largest is less than twice the least (at step 15,000 the ablation's is the
+        largest); at 25,000 raw targets have the larger mean error and predicted spread, by about
+        half.""",
     )
     first, later, last = (means(step, WALKER, FITTED, REWARD) for step in (5000, 15_000, 25_000))
     assert [*first.sort_values(ascending=False).index] == ["mbpo", "raw_direct", ABLATION, FTFL]
-    assert first["mbpo"] > 3 * first[ABLATION]
-    assert later["mbpo"] / later[ABLATION] < last["mbpo"] / last[ABLATION] < 2
+    assert round(first["mbpo"] / first[ABLATION]) == 3
+    assert round(first["mbpo"] / first[FTFL]) == 9
+    for values in (later, last):
+        assert values.max() < 2 * values.min()
     assert later.idxmax() == ABLATION
     raw, scaled = ["mbpo", "raw_direct"], [FTFL, ABLATION]
     for tag in (REWARD, SPREAD):
@@ -156,90 +165,95 @@ def test_fits_that_stop_early():
     assert raw[REWARD].iloc[0].min() > 3 * ftfl[REWARD].iloc[0].max()
     assert ftfl[CHANGE].iloc[0].min() > raw[CHANGE].iloc[0].max()
     for tag in (REWARD, CHANGE):
-        assert 0.75 < raw[tag].loc[15_000].mean() / ftfl[tag].loc[15_000].mean() < 1.25
+        assert 0.8 < raw[tag].loc[15_000].mean() / ftfl[tag].loc[15_000].mean() < 1.2
     one, other = (means(15_000, WALKER, [name])[name] for name in both)
-    assert 0.8 < one / other < 1.25
+    assert 0.8 < one / other < 1.2
 
 
 def test_older_runs_of_ftfl():
     says(
-        """(`results/early_stopping/`, two seeds) a fit had 500 gradient steps at most and stopped
-        early, and the first temperature was 1: FTFL came last at step 20,000, and its critic
-        overestimated.""",
-        "(`_first500`; its error of s' is at first larger than the variance of s' - s)",
+        """(`results/early_stopping/`, two seeds) a fit had 500 gradient steps at most, most fits
+        stopped earlier, and the first temperature was 1: FTFL came last at step 20,000, and its
+        critic overestimated.""",
+        "(`_first500`; its error of s' is at first 14 times the variance of s' - s)",
         """At step 15,000 each of these five runs returns more than twice what either older run of
         FTFL does, and none has a bias""",
-        """its s' is better on the holdout (of which earlier fits have seen most), its reward
-        hardly, its return at step 10,000 not (one seed).""",
+        """its error of s' is about half of that of each seed with 500 steps at step 10,000 (on a
+        holdout of which earlier fits have seen most), its error of the reward below theirs, its
+        return not above (one seed).""",
     )
     old = "early_stopping"
     returns = {name: curves(WALKER, name, folder=old) for _, name in runs(old)}
     assert {run.shape[1] for run in returns.values()} == {2}
     assert min(returns, key=lambda name: returns[name].loc[20_000].mean()) == FTFL
-    assert curves(WALKER, FTFL, UPDATES, old).max().max() <= 500
+    for name in FITTED[:3]:
+        updates = curves(WALKER, name, UPDATES, old).stack()
+        assert updates.max() <= 500
+        assert (updates < 500).mean() > 0.5
+        assert {args["alpha"] for args, *_ in runs(old)[WALKER, name].values()} == {1.0}
     assert curves(WALKER, FTFL, BIAS, old).loc[20_000].min() > 10
     today = [f"{FTFL}_{name}" for name in ("alpha1", "first500", "patience5")]
     five = pd.concat([at(15_000, WALKER, name) for name in today])
     assert len(five) == 5
     assert five.min() > 2 * returns[FTFL].loc[15_000].max()
     assert pd.concat([at(15_000, WALKER, name, BIAS) for name in today]).abs().max() < 2
-    assert curves(WALKER, f"{FTFL}_first500", CHANGE).iloc[0].item() > 1
-    long, short = f"{FTFL}_long_fits", FTFL
-    state, reward = (
-        (curves(WALKER, long, tag)[1] / curves(WALKER, short, tag)[1]).loc[7500:10_000].mean()
-        for tag in (CHANGE, REWARD)
-    )
-    assert state < 0.6
-    assert 0.9 < reward < 1
-    assert at(10_000, WALKER, long)[1] < at(10_000, WALKER, short)[1]
+    assert round(curves(WALKER, f"{FTFL}_first500", CHANGE).iloc[0].item()) == 14
+    for tag, low, high in ((CHANGE, 0.4, 0.6), (REWARD, 0, 1), ("return", 0, 1)):
+        ratio = at(10_000, WALKER, f"{FTFL}_long_fits", tag).item() / at(10_000, WALKER, FTFL, tag)
+        assert len(ratio) == 3
+        assert ratio.between(low, high).all()
 
 
 def test_more_updates_per_fit():
     says(
         """lower the error of s' for all three scripts, and two of those runs lead.""",
-        """In fits of 500 steps FTFL's mean error of s' (`model/change_error_mean`) stays above
-        MBPO's at nearly all fits.""",
+        """In fits of 500 steps FTFL's error of s' (`model/change_error_mean`, the mean over seeds)
+        stays above MBPO's at nearly all fits, and at most fits is the largest of the three
+        scripts'.""",
         """it is lower at steps 15,000 and 25,000, by about a quarter for MBPO and by more than a
-        third for FTFL and the ablation, so FTFL no longer has the largest""",
+        third for FTFL and the ablation, so FTFL no longer has the largest after the first fit""",
         """Of the reward FTFL has less than half of MBPO's error up to step 15,000 (but for one
-        fit), about four fifths from 20,000 on.""",
+        fit), on average four fifths from 20,000 on.""",
         """at 10,000 each of the four runs is below the mean of its like with 500 steps, at 15,000
         each but FTFL's seed 1. At 25,000 FTFL's seed 1 and MBPO return more than every other run
         of walker-run, FTFL's seed 2 and the ablation about what standing earns.""",
-        """with four times as many, runs had a third to three fifths of the speed of the
+        "the one pair of seeds, in which FTFL is ahead, decides nothing.",
+        """with four times as many, runs had about a third to a half of the speed of the
         ablation's seed 3""",
     )
-    pairs = dict(zip(FITS2000, ["mbpo", FTFL, ABLATION], strict=True))
-    mbpo, ftfl = (curves(WALKER, name, CHANGE).mean(axis=1) for name in ("mbpo", FTFL))
-    assert (ftfl > mbpo)[mbpo.index.intersection(ftfl.index)].mean() > 0.8
+    seeds = {name: [*runs()[WALKER, name]] for name in FITS2000}
+    assert seeds == dict(zip(FITS2000, ([1], [1, 2], [1]), strict=True))
+    like = dict(zip(FITS2000, FITTED[:3], strict=True))
+    of_500, of_2000 = (
+        pd.DataFrame({x: curves(WALKER, x, CHANGE).mean(axis=1) for x in names}).dropna()
+        for names in (FITTED[:3], FITS2000)
+    )
+    assert (of_500[FTFL] > of_500["mbpo"]).mean() > 0.95
+    assert (of_500.idxmax(axis=1) == FTFL).mean() > 0.5
+    assert (of_2000.iloc[1:].idxmax(axis=1) != FITS2000[1]).all()
     for step in (15_000, 25_000):
-        less = {
-            name: 1 - at(step, WALKER, name, CHANGE).mean() / at(step, WALKER, like, CHANGE).mean()
-            for name, like in pairs.items()
-        }
+        less = {name: 1 - of_2000[name][step] / of_500[like[name]][step] for name in FITS2000}
         assert 0.2 < less["mbpo_fits2000"] < 0.3
         assert min(less[name] for name in FITS2000[1:]) > 1 / 3
-        assert means(step, WALKER, FITS2000, CHANGE).idxmax() != FITS2000[1]
-    mbpo, ftfl, _ = (curves(WALKER, name, REWARD).mean(axis=1) for name in FITS2000)
+    mbpo, ftfl = (curves(WALKER, name, REWARD).mean(axis=1) for name in FITS2000[:2])
     share = ftfl / mbpo
     assert (share.loc[:15_000] > 0.5).sum() == 1
     assert 0.75 < share.loc[20_000:].mean() < 0.85
-    ahead = {10_000: [], 15_000: [(f"{FTFL}_fits2000", 1)]}
-    for step, exceptions in ahead.items():
-        for name, like in pairs.items():
-            above = at(step, WALKER, name) > at(step, WALKER, like).mean()
-            assert [(name, seed) for seed in above[above].index] == [
-                one for one in exceptions if one[0] == name
-            ]
+    for step, expected in ((10_000, set()), (15_000, {(FITS2000[1], 1)})):
+        ahead = {
+            name: at(step, WALKER, name) - at(step, WALKER, like[name]).mean() for name in like
+        }
+        ahead = pd.concat(ahead)
+        assert {*ahead[ahead > 0].index} == expected
     every = pd.concat({name: at(25_000, WALKER, name) for name in FITTED + FITS2000 + SAC})
-    assert {*every.nlargest(2).index} == {(f"{FTFL}_fits2000", 1), ("mbpo_fits2000", 1)}
-    for one in ((f"{FTFL}_fits2000", 2), (f"{ABLATION}_fits2000", 1)):
-        assert 0.9 < every[one] / STANDING < 1.1
+    assert [*every.nlargest(2).index] == [(FITS2000[1], 1), ("mbpo_fits2000", 1)]
+    for one in ((FITS2000[1], 2), (FITS2000[2], 1)):
+        assert 0.8 < every[one] / STANDING < 1.2
     speed = "train/steps_per_second"
     slow = pd.concat([curves(WALKER, name, speed).median() for name in FITS2000])
     share = slow / curves(WALKER, ABLATION, speed)[3].median()
-    assert 0.3 < share.min() < 0.35
-    assert 0.5 < share.max() < 0.6
+    assert 0.3 < share.min() < 0.36
+    assert 0.45 < share.max() < 0.55
 
 
 def test_what_runs_were_made_on():
@@ -250,13 +264,13 @@ def test_what_runs_were_made_on():
     )
     on_gpu = {(WALKER, name) for name in [*FITTED, *SAC[:2]]}
     on_gpu |= {(QUADRUPED, name) for name in [*FITTED[:3], SAC[1]]}
+    exceptions = {(WALKER, ABLATION, 3): "cpu", ("dmc/hopper-stand", "sac", 1): "auto"}
     five = "_alpha1", "_first500", "_long_fits", "_patience5", "_layernorm"
     for (task, name), seeds in runs().items():
         for seed, (args, *_) in seeds.items():
-            expected = "cuda" if (task, name) in on_gpu else "cpu"
-            expected = "cpu" if (task, name, seed) == (WALKER, ABLATION, 3) else expected
-            expected = "auto" if task == "dmc/hopper-stand" else expected
-            assert args["device"] == expected, (task, name, seed)
+            usual = "cuda" if (task, name) in on_gpu else "cpu"
+            device = exceptions.get((task, name, seed), usual)
+            assert args["device"] == device, (task, name, seed)
             assert args["eval_episodes"] == (5 if name.endswith(five) else 10), (task, name, seed)
 
 
@@ -274,7 +288,7 @@ def test_sac_follows_its_published_curve():
     equal = curves(WALKER, "sac_utd10").dropna().mean(axis=1)
     far = ((equal - curve["mean"]) / curve["std"]).dropna()
     assert (far.loc[:20_000] > 0).all()
-    assert abs(far[25_000]) < 0.5
+    assert 0.8 < equal[25_000] / curve["mean"][25_000] < 1.2
     assert far[30_000] < -1
     far = (curves(WALKER, "sac_utd8").sub(curve["mean"], axis=0).div(curve["std"], axis=0)).dropna()
     outside = far.mean(axis=1).abs() > 1
@@ -292,8 +306,8 @@ def test_sac_follows_its_published_curve():
 
 def test_critics_on_quadruped_walk():
     says(
-        """On quadruped-walk all are far below standing still, and all critics leave the possible
-        range""",
+        """On quadruped-walk all means are far below standing still, and all critics leave the
+        possible range""",
         """Q to hundreds to tens of thousands in `sac.py`, with a model to thousands or far more,
         positive or negative, whatever the model predicts. In two of FTFL's three seeds it is back
         in the hundreds at the end; no other run with a model is.""",
@@ -309,11 +323,14 @@ def test_critics_on_quadruped_walk():
     plain = [name for name in names if not name.endswith("_layernorm")]
     for name in plain:
         assert most[name].min() > MOST
-        assert curves(QUADRUPED, name).max().max() < 300
+    for name in names:
+        assert curves(QUADRUPED, name).iloc[1:].mean(axis=1).max() < 250
     assert most["sac_utd10"].between(100, 100_000).all()
     for name in FITTED[:3]:
         assert most[name].min() > 1000
-    back = pd.concat({name: last[name] < 1000 for name in FITTED[:3]})
+    signs = [(q[name] > 0).iloc[-1] for name in FITTED[:3]]
+    assert {sign for seeds in signs for sign in seeds} == {True, False}
+    back = pd.concat({name: last[name].between(100, 1000) for name in FITTED[:3]})
     assert [name for name, _ in back[back].index] == [FTFL, FTFL]
     assert (most["sac_utd8"] > 1000).sum() == 1
     assert (last["sac_utd8"] < MOST).sum() == 2
@@ -337,10 +354,11 @@ def test_layernorm_on_quadruped_walk():
         assert q.index.max() == 15_000
         too_high[name] = (bias.loc[15_000] / q.loc[15_000] > 0.5).sum()
     assert too_high == {"sac": 3, FTFL: 2, "mbpo": 0}
-    returns = [curves(QUADRUPED, name) for task, name in runs() if task == QUADRUPED]
-    assert max(run.iloc[0].max() for run in returns) > max(
-        run.iloc[1:].dropna().mean(axis=1).max() for run in returns
-    )
+    returns = pd.concat([curves(QUADRUPED, x) for task, x in runs() if task == QUADRUPED], axis=1)
+    means_later = [
+        curves(QUADRUPED, x).iloc[1:].mean(axis=1) for task, x in runs() if task == QUADRUPED
+    ]
+    assert returns.loc[0].max() > pd.concat(means_later).max()
 
 
 def test_hopper():
@@ -364,7 +382,10 @@ def test_hopper():
 
 
 def fits(name: str) -> pd.DataFrame:
-    """Recorded fits of a mode of mechanism.py at learning rate 1e-3, as means over seeds."""
+    """Recorded fits of a mode of mechanism.py at learning rate 1e-3, as means over seeds.
+
+    Data are of a random policy, or "trained": of or along the training of one.
+    """
     rows = pd.read_csv(RESULTS / name / "fits.csv")
     rows["data"] = np.where(rows.data == "random", "random", "trained")
     rows = rows[rows.lr == 1e-3].groupby(["task", "data", "updates", "cell"])
@@ -373,11 +394,11 @@ def fits(name: str) -> pd.DataFrame:
 
 def test_updates_that_each_target_needs():
     says(
-        """On walker-run, with data as a run of MBPO has it, s' is the better target in all parts
-        once it has caught up. On the quadruped it is so for the reward, and nearly for what changes
-        fast; its slow dimensions do not catch up.""",
-        """What ridge regression leaves is learned best with few updates, and on the data of both
-        runs as well as s' - s or better at the end.""",
+        """With a learning rate of 1e-3 and the data gathered along training of walker-run, s' is
+        the better target in all parts once it has caught up. On the quadruped it is so for the
+        reward, and nearly for what changes fast; its slow dimensions do not catch up.""",
+        """What ridge regression leaves is with few updates learned best, or level with s' - s, and
+        on the data of both runs as well as s' - s or better at the end.""",
         """In fast dimensions of the humanoid and the quadruped all targets get worse after some
         8,000 steps""",
     )
@@ -390,7 +411,9 @@ def test_updates_that_each_target_needs():
     assert direct.loc[quadruped, "reward_sampled"] < 0.9
     assert 0.9 < direct.loc[quadruped, "fast_sampled"] < 1
     assert direct.xs(QUADRUPED)["slow_sampled"].min() > 2
-    assert (ridge.xs(500, level="updates") < 1.1).all(axis=None)
+    few = ridge.xs(500, level="updates")
+    assert (few < 1.1).all(axis=None)
+    assert (few < direct.xs(500, level="updates")).all(axis=None)
     assert (ridge.loc[[walker, quadruped]] < 1.1).all(axis=None)
     for task in ("dmc/humanoid-stand", QUADRUPED):
         fast = errors.xs("fast_sampled", axis=1, level=1).loc[task].droplevel("data")
@@ -401,13 +424,15 @@ def test_what_unit_scale_does_to_a_fit():
     says(
         """most on the suite's humanoids, where a raw reward is predicted with more noise than it
         has variance.""",
-        """For the reward it brings little or nothing where the scales are close, as on Hopper-v5
-        and cartpole-swingup (of a random policy, where with s' it costs), and less as a trained
-        policy brings reward.""",
+        """For the reward of a random policy it brings little or nothing on Hopper-v5 and
+        cartpole-swingup, where the scales are closest, nor on quadruped-walk, where they are far
+        apart; on walker-run it brings less with a trained policy.""",
         "On hopper-hop and hopper-stand a random policy sees hardly any reward",
         """in dimensions whose rho, the correlation of s_i and s'_i in
         `results/mechanism/dimensions.csv`, is negative, as the paper has it, and on HalfCheetah-v5,
-        which has the most of them; elsewhere it mostly costs, and most for what changes slowly.""",
+        which has the most of them; elsewhere it mostly costs, and most for what changes slowly.
+        Where rho is above 0.99, as for positions and angles, a third of the dimensions come out
+        with more noise than a step changes them, also with the data of trained policies""",
     )
     reward = fits("mechanism").reward_sampled.xs(3000, level="updates").unstack("cell")
     gain = reward["normalized residual"] / reward["raw residual"]
@@ -416,40 +441,49 @@ def test_what_unit_scale_does_to_a_fit():
     assert (reward.loc[humanoids, ["raw residual", "raw direct"]] > 1).all(axis=None)
     seen = gain.drop(["dmc/hopper-hop", "dmc/hopper-stand"])
     assert {name for name, _ in seen.nsmallest(3).index} == {*humanoids}
-    assert gain["Hopper-v5", "random"] > 1
-    assert 0.75 < gain[CARTPOLE, "random"] < 1
-    assert (
-        reward["normalized direct"][CARTPOLE, "random"]
-        > 2 * reward["raw direct"][CARTPOLE, "random"]
-    )
-    assert gain[WALKER, "trained"] > 5 * gain[WALKER, "random"]
     scales = pd.read_csv(RESULTS / "mechanism" / "scales.csv").set_index(["task", "data"])
     random = scales.xs("random", level="data")
-    assert {*random.index[random.mean_reward.between(0, 1e-4)]} == {
-        "dmc/hopper-hop",
-        "dmc/hopper-stand",
-    }
+    closest = random.residual_over_reward.nsmallest(2)
+    assert {*closest.index} == {CARTPOLE, HOPPER}
+    assert random.residual_over_reward[QUADRUPED] > 10_000
+    assert 0.75 < gain[CARTPOLE, "random"] < 1
+    assert gain[HOPPER, "random"] > 1
+    assert gain[QUADRUPED, "random"] > 1
+    assert gain[WALKER, "trained"] > 5 * gain[WALKER, "random"]
+    hardly = {*random.index[random.mean_reward.between(0, 1e-4)]}
+    assert hardly == {"dmc/hopper-hop", "dmc/hopper-stand"}
+
     rows = pd.read_csv(RESULTS / "mechanism" / "dimensions.csv")
+    names = ["task", "data", "dimension", "rho"]
+    long = rows.dropna(subset="error")  # later tasks have a row for each seed and cell
+    long = long.pivot_table(index=names, columns="cell", values="error").reset_index()
+    rows = pd.concat([rows[rows.error.isna()], long])
     ratio = rows["normalized direct"] / rows["normalized residual"]
+    assert ratio.notna().all()
+    cheetah = rows.task == "HalfCheetah-v5"
+    assert (rows.rho < 0).groupby(rows.task).mean().idxmax() == "HalfCheetah-v5"
     assert (ratio[rows.rho < 0] < 1).mean() > 0.8
-    assert (ratio[rows.rho > 0] < 1).mean() < 0.2
-    assert ratio[rows.rho > 0.9].median() > ratio[rows.rho.between(0, 0.9)].median() > 1
-    negative = (rows.rho < 0).groupby(rows.task).mean()
-    assert negative.idxmax() == "HalfCheetah-v5"
+    assert (ratio[cheetah] < 1).mean() > 0.8
+    assert (ratio[(rows.rho > 0) & ~cheetah] < 1).mean() < 0.2
+    slow = rows.rho > 0.99
+    assert ratio[slow].median() > 2 * ratio[~slow].median()
+    noise = rows["normalized direct"] / (2 - 2 * rows.rho)  # error of s' over Var[s' - s]
+    assert 0.3 < (noise[slow] > 1).mean() < 0.37
+    assert (noise[slow & (rows.data != "random")] > 1).any()
 
 
 def test_cartpole_swingup():
     says(
         """(three seeds). All learn to swing the pole up. At step 20,000 MBPO is ahead of FTFL and
-        of the ablation in each seed, SAC ahead of FTFL in two and of MBPO in one; MBPO leads all in
-        each seed at 15,000 and 17,500, too. From 7,500 to 12,500 FTFL has the largest mean, though
+        of the ablation in each seed, SAC ahead of FTFL in two and of MBPO in one; at 15,000 and
+        17,500 MBPO leads all in each seed. From 7,500 to 12,500 FTFL has the largest mean, though
         not in each seed.""",
         """In the transitions of a random policy the variances of s' - s add up to a few times that
-        of the reward here, and to a million times on walker-run; in those of a trained policy to
-        less than it, and to tens of thousands of times""",
+        of the reward here, and to one and a half million times on walker-run; in those of a trained
+        policy to less than it, and to tens of thousands of times""",
         """after the first fit MBPO's error of it is about the ablation's and well below FTFL's,
-        whose is the least at the end. FTFL's error of s' is two to three times MBPO's from step
-        6,000 to 12,500 (the median of each seed's fits), and about the same at 20,000.""",
+        whose is the least at the end. FTFL's error of s' is about two to three times MBPO's from
+        step 6,000 to 12,500 (the median of each seed's fits), and about the same at 20,000.""",
         "On cartpole-swingup it is not, and MBPO learns it better at first.",
     )
     names = ["mbpo", FTFL, ABLATION, "sac_utd10"]
@@ -469,11 +503,12 @@ def test_cartpole_swingup():
         assert not (best.idxmax(axis=1) == FTFL).all()
 
     scales = pd.read_csv(RESULTS / "mechanism" / "scales.csv").set_index(["task", "data"])
-    ratio = scales.residual_over_reward.groupby("task")
-    assert 3 < ratio.max()[CARTPOLE] < 10
-    assert 1e6 < ratio.max()[WALKER] < 2e6
-    assert ratio.min()[CARTPOLE] < 1
-    assert 1e4 < ratio.min()[WALKER] < 1e5
+    ratio = scales.residual_over_reward
+    assert 3 < ratio[CARTPOLE, "random"] < 10
+    assert 1.4e6 < ratio[WALKER, "random"] < 1.6e6
+    ratio = ratio.drop("random", level="data").droplevel("data")
+    assert ratio[CARTPOLE] < 1
+    assert 1e4 < ratio[WALKER] < 1e5
 
     mbpo, ftfl, ablation = (curves(CARTPOLE, name, REWARD) for name in names[:3])
     assert 0.8 < mbpo.iloc[0].mean() / ablation.iloc[0].mean() < 1
@@ -483,5 +518,5 @@ def test_cartpole_swingup():
     assert (ftfl.loc[20_000] < mbpo.loc[20_000]).all()
     assert (ftfl.loc[20_000] < ablation.loc[20_000]).all()
     ratio = curves(CARTPOLE, FTFL, CHANGE) / curves(CARTPOLE, "mbpo", CHANGE)
-    assert ratio.loc[6000:12_500].median().between(2, 3.05).all()
+    assert ratio.loc[6000:12_500].median().between(2 / 1.2, 3 * 1.2).all()
     assert ratio.loc[20_000].between(0.9, 1.1).all()
