@@ -307,7 +307,7 @@ def test_sac_follows_its_published_curve():
 def test_critics_on_quadruped_walk():
     says(
         """On quadruped-walk all means are far below standing still, and all critics leave the
-        possible range""",
+        possible range, with""",
         """Q to hundreds to tens of thousands in `sac.py`, with a model to thousands or far more,
         positive or negative, whatever the model predicts. In two of FTFL's three seeds it is back
         in the hundreds at the end; no other run with a model is.""",
@@ -363,35 +363,39 @@ def test_layernorm_on_quadruped_walk():
 
 def test_hopper():
     says(
-        """the critic overestimates at first even with the simulator in place of the model
-        (`mbpo_perfect_model`, `grids/hopper_causes.toml`, one seed): by hundreds at step 7,500, by
-        less than a hundred from 10,000 on. With MBPO's model it does so by hundreds to thousands at
-        10,000, and by more than a hundred in both seeds at every evaluation from 7,500 to 17,500.
-        With FTFL's (seed 1) it does so by some 240 at 10,000, not at all at 20,000. A temperature
-        kept at 0.2, as mbrl-lib and mbpo_pytorch have it here, does not prevent it
-        (`mbpo_alpha02`, to step 10,000).""",
-        """Returns swing between evaluations, FTFL's and the simulator's by hundreds, so that MBPO
-        is below the published mean at 20,000 in both seeds, and FTFL above, says little: at 17,500
-        one of those seeds returns more.""",
+        """At step 10,000 it does so by hundreds to thousands with MBPO's model (two seeds), and as
+        much with a temperature kept at 0.2 (`mbpo_alpha02`, one seed, cut off there), as mbrl-lib
+        and mbpo_pytorch have it here; by less than 250 with FTFL's (two seeds, the second cut off)
+        and in SAC with as many updates (`sac_utd20`, one seed), by some 50 with the simulator in
+        place of the model (`mbpo_perfect_model`, `grids/hopper_causes.toml`, one seed), after
+        hundreds at 7,500. From 7,500 to 15,000 FTFL's bias is below MBPO's in both seeds.""",
+        """returns swing between the two, FTFL's and the simulator's by hundreds, and single points
+        say little. MBPO's mean is near the published one at 10,000 and 15,000, and below it in both
+        seeds at 20,000, as is the simulator's""",
+        "On Hopper-v5 FTFL's errs less than MBPO's.",
     )
-    names = ["mbpo", FTFL, "mbpo_perfect_model", "mbpo_alpha02"]
+    names = ["mbpo", FTFL, "mbpo_perfect_model", "mbpo_alpha02", "sac_utd20"]
     returns, bias = ({x: curves(HOPPER, x, tag) for x in names} for tag in ("return", BIAS))
-    assert [returns[name].shape[1] for name in names] == [2, 1, 1, 1]
-    assert 100 < bias["mbpo_perfect_model"].loc[7500].item() < 1000
-    assert (bias["mbpo_perfect_model"].loc[10_000:] < 100).all(axis=None)
-    assert bias["mbpo"].loc[10_000].min() > 100
-    assert bias["mbpo"].loc[10_000].max() > 2000
-    assert (bias["mbpo"].loc[7500:17_500] > 100).all(axis=None)
-    assert round(bias[FTFL].loc[10_000].item(), -1) == 240
-    assert bias[FTFL].loc[20_000].item() < 0
-    assert bias["mbpo_alpha02"].loc[10_000].item() > 500
+    assert [returns[name].shape[1] for name in names] == [2, 2, 1, 1, 1]
+    mbpo, ftfl, perfect, kept, sac = (bias[name].loc[10_000] for name in names)
+    assert mbpo.min() > 200
+    assert mbpo.max() > 2000
+    assert mbpo.min() < kept.item() < mbpo.max()
+    assert bias["mbpo_alpha02"].index.max() == 10_000
+    for some in (ftfl, sac):
+        assert some.between(50, 250).all()
+    assert 40 < perfect.item() < 60
+    assert 200 < bias["mbpo_perfect_model"].loc[7500].item() < 1000
+    assert (bias[FTFL] < bias["mbpo"]).loc[7500:15_000].all(axis=None)
     for name in names[1:3]:
-        assert returns[name].diff().abs().max().item() > 500
+        assert (returns[name].diff().abs().max() > 500).all()
     rows = pd.read_csv(ROOT / "benchmarks" / "published.csv")
     mean = rows[rows.algorithm.str.startswith("MBPO") & (rows.task == "Hopper")]
-    mean = mean.set_index("step")["mean"][20_000]
-    assert returns["mbpo"].loc[20_000].max() < mean < returns[FTFL].loc[20_000].item()
-    assert (returns["mbpo"].loc[17_500] > mean).sum() == 1
+    mean = mean.set_index("step")["mean"]
+    near = returns["mbpo"].mean(axis=1) / mean
+    assert near[[10_000, 15_000]].between(0.8, 1.2).all()
+    assert returns["mbpo"].loc[20_000].max() < mean[20_000]
+    assert returns["mbpo_perfect_model"].loc[20_000].item() < mean[20_000]
 
 
 def fits(name: str) -> pd.DataFrame:
