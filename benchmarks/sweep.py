@@ -204,11 +204,11 @@ def sweep(options: Options) -> None:
     if options.jobs is not None and options.jobs <= 0:
         raise InputError(f"--jobs must be above 0, not {options.jobs}")
     runs = read_grid(options)
-    if options.dry_run:
-        return print(*(shlex.join(run.command) for run in runs), sep="\n")
     numbers = range(len(runs)) if options.only is None else [options.only]
     if not {*numbers} <= {*range(len(runs))}:
         raise InputError(f"--only must be from 0 to {len(runs) - 1}, not {options.only}")
+    if options.dry_run:
+        return print(*(shlex.join(runs[number].command) for number in numbers), sep="\n")
     todo = [number for number in numbers if not runs[number].done()]
     if options.slurm is not None and todo:
         return queue(todo, runs[0].folder.parent, options)

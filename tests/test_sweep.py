@@ -189,6 +189,8 @@ def test_dry_run_prints_the_commands(tmp_path):
     model = "--rollout-schedule 0 9 1 2 --target-entropy -1"
     expected.insert(2, f"mbpo.py {common} {model} --seed 3".split())  # seed by seed
     assert [[Path(script).name, *rest] for _, script, *rest in commands] == expected
+    _, alone, _ = run_sweep(file, "--dry-run", "--only", 2)
+    assert alone == out.splitlines(keepends=True)[2]
 
 
 def test_the_grids_are_those_of_the_recorded_runs():
@@ -242,5 +244,6 @@ def test_bad_options_are_one_line(tmp_path, monkeypatch):
     assert "No such file" in one_error(run_sweep(tmp_path / "none.toml")[2])
     assert "--jobs must be above 0, not 0" in one_error(run_sweep(file, "--jobs", 0)[2])
     assert "--only must be from 0 to 0, not 1" in one_error(run_sweep(file, "--only", 1)[2])
+    assert "--only must be" in one_error(run_sweep(file, "--dry-run", "--only", 1)[2])
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no sbatch here" in one_error(run_sweep(file, "--slurm=")[2])
