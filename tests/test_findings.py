@@ -77,8 +77,8 @@ def published(task: str, algorithm: str) -> pd.DataFrame:
 
 def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
     says(
-        """At step 25,000 of walker-run each run with a model is ahead of each of SAC with the same
-        settings, but not of each of `sac_utd8`""",
+        """On walker-run each run with a model ends ahead of each of SAC with the same settings, but
+        not of each of `sac_utd8`""",
         "At 25,000 two of its seeds are ahead of some runs with a model",
     )
     sac = pd.concat([at(25_000, WALKER, name) for name in ("sac_utd1", "sac_utd10")])
@@ -90,8 +90,10 @@ def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
 
 def test_ftfl_is_not_ahead_of_mbpo():
     says(
-        """With fits of 500 steps FTFL is ahead of MBPO in no seed: most earn what standing still
-        does; who runs by then may be chance. No run has the papers' 500,000 steps.""",
+        """Our 15,000 to 25,000 steps, not the papers' 500,000, neither show its lead nor refute
+        it.""",
+        """FTFL with fits of 500 steps is ahead of MBPO in no seed. Most earn what standing still
+        does; who runs by then may be chance.""",
         "By step 25,000 most runs with a model are near that.",
         """Two seeds of the ablation, one of `raw_direct`, and with `_fits2000` one of FTFL and
         MBPO's are more than a third above it, and lift the means of those with several seeds.""",
@@ -206,7 +208,7 @@ def test_older_runs_of_ftfl():
 
 def test_more_updates_per_fit():
     says(
-        """lower the error of s' for all three scripts, and two of those runs lead.""",
+        """lower the error of s' for all three scripts; two of those four runs lead.""",
         """In fits of 500 steps FTFL's error of s' (`model/change_error_mean`, the mean over seeds)
         stays above MBPO's at nearly all fits, and at most fits is the largest of the three
         scripts'.""",
@@ -276,7 +278,7 @@ def test_what_runs_were_made_on():
 
 def test_sac_follows_its_published_curve():
     says(
-        "`sac_utd8`, which follows its published curve.",
+        "`sac_utd8`, which follows its published curve;",
         """At the settings of `grids/walker_run.toml` SAC with 10 updates is above the published
         SAC with 8 until step 20,000, near it at 25,000 and below it at 30,000.""",
         """it follows the curve to its last point, 50,000: the mean is within one standard deviation
@@ -306,8 +308,8 @@ def test_sac_follows_its_published_curve():
 
 def test_critics_on_quadruped_walk():
     says(
-        """On quadruped-walk all means are far below standing still, all critics leave the
-        possible range; with""",
+        """On quadruped-walk all means are far below standing still, and all critics leave the
+        possible range, but with""",
         """Q to hundreds to tens of thousands in `sac.py`, with a model to thousands or far more,
         positive or negative, whatever the model predicts. In two of FTFL's three seeds it is back
         in the hundreds at the end; no other run with a model is.""",
@@ -363,41 +365,61 @@ def test_layernorm_on_quadruped_walk():
 
 def test_hopper():
     says(
-        """At step 10,000 it does so by hundreds to thousands with MBPO's model (two seeds), and as
-        much with a temperature kept at 0.2 (`mbpo_alpha02`, one seed, cut off there), as mbrl-lib
-        and mbpo_pytorch have it here; by less than 250 with FTFL's (two seeds, the second cut off)
-        and in SAC with as many updates (`sac_utd20`, one seed), by some 50 with the simulator in
-        place of the model (`mbpo_perfect_model`, `grids/hopper_causes.toml`, one seed), after
-        hundreds at 7,500. From 7,500 to 15,000 FTFL's bias is below MBPO's in both seeds.""",
-        """returns swing between the two, FTFL's and the simulator's by hundreds, and single points
-        say little. MBPO's mean is near the published one at 10,000 and 15,000, and below it in both
-        seeds at 20,000, as is the simulator's, so the model's errors need not be why; SAC's with as
-        many updates is above it.""",
-        "On Hopper-v5 FTFL's errs less than MBPO's by then.",
+        """the critic overestimates in every run from step 7,500 to 17,500. At 10,000 its bias is
+        in the thousands in one seed of MBPO, whose temperature has grown with it, and in the hundreds in the other; between the two with a temperature kept at 0.2
+        (`mbpo_alpha02`, seed 1, cut off there), as mbrl-lib and mbpo_pytorch have it here; below
+        250 with FTFL (two seeds) and in SAC with as many updates (`sac_utd20`, one seed); some 50
+        with the simulator in place of the model (`mbpo_perfect_model`,
+        `grids/hopper_causes.toml`, one seed), after hundreds at 7,500. In both seeds FTFL's is
+        below MBPO's but for one evaluation of seed 2, though its error of s' is mostly the
+        larger.""",
+        """Returns swing by hundreds from one evaluation to the next""",
+        """FTFL is ahead of MBPO at 7,500 and at 20,000 in both seeds, at 17,500 behind in both.
+        MBPO's mean is near the published one at 10,000 and 15,000; at 20,000 both of its seeds are
+        more than a deviation below, while FTFL's mean, the simulator's run and SAC's are within
+        one.""",
+        """an older run of `mbpo.py` (`first_curves/`) returned 1,000 at 20,000 after a bias of more
+        than 10,000.""",
+        "At the end of Hopper-v5 FTFL's errs less than MBPO's, and FTFL returns more.",
     )
     names = ["mbpo", FTFL, "mbpo_perfect_model", "mbpo_alpha02", "sac_utd20"]
     returns, bias = ({x: curves(HOPPER, x, tag) for x in names} for tag in ("return", BIAS))
     assert [returns[name].shape[1] for name in names] == [2, 2, 1, 1, 1]
+    every = pd.concat(bias, axis=1)
+    assert every.loc[7500:17_500].min().min() > 0
     mbpo, ftfl, perfect, kept, sac = (bias[name].loc[10_000] for name in names)
-    assert mbpo.min() > 200
-    assert mbpo.max() > 2000
-    assert mbpo.min() < kept.item() < mbpo.max()
+    assert 1000 < mbpo[1] < 10_000
+    assert 100 < mbpo[2] < 1000
+    assert mbpo[2] < kept[1] < mbpo[1]
+    alpha = curves(HOPPER, "mbpo", "sac/alpha")
+    assert alpha.loc[10_000, 1] > 5
+    assert alpha[2].max() < 2
+    assert setting("alpha", HOPPER, "mbpo_alpha02") == {1: 0.2}
     assert bias["mbpo_alpha02"].index.max() == 10_000
     for some in (ftfl, sac):
         assert some.between(50, 250).all()
     assert 40 < perfect.item() < 60
     assert 200 < bias["mbpo_perfect_model"].loc[7500].item() < 1000
-    assert (bias[FTFL] < bias["mbpo"]).loc[7500:15_000].all(axis=None)
-    for name in names[1:3]:
-        assert (returns[name].diff().abs().max() > 500).all()
-    rows = pd.read_csv(ROOT / "benchmarks" / "published.csv")
-    mean = rows[rows.algorithm.str.startswith("MBPO") & (rows.task == "Hopper")]
-    mean = mean.set_index("step")["mean"]
-    near = returns["mbpo"].mean(axis=1) / mean
+    later = (bias[FTFL] < bias["mbpo"]).loc[7500:]
+    assert later.sum().to_dict() == {1: 6, 2: 5}
+    error, other = (curves(HOPPER, name, CHANGE) for name in (FTFL, "mbpo"))
+    assert ((error > other).mean() > 0.9).all()
+    for name in names:
+        assert (returns[name].loc[5000:].diff().abs().max() > 200).all()
+    ahead = returns[FTFL] - returns["mbpo"]
+    assert (ahead.loc[[7500, 20_000]] > 0).all(axis=None)
+    assert (ahead.loc[17_500] < 0).all()
+    assert (bias[FTFL].loc[20_000].abs() < bias["mbpo"].loc[20_000]).all()
+    curve = published("Hopper", "MBPO, 20 updates per step")
+    near = returns["mbpo"].mean(axis=1) / curve["mean"]
     assert near[[10_000, 15_000]].between(0.8, 1.2).all()
-    assert returns["mbpo"].loc[20_000].max() < mean[20_000]
-    assert returns["mbpo_perfect_model"].loc[20_000].item() < mean[20_000]
-    assert returns["sac_utd20"].loc[20_000].item() > mean[20_000]
+    mean, std = curve.loc[20_000, ["mean", "std"]]
+    assert returns["mbpo"].loc[20_000].max() < mean - std
+    for name in (FTFL, "mbpo_perfect_model", "sac_utd20"):
+        assert abs(returns[name].loc[20_000].mean() - mean) < std
+    (older,) = (run[1:] for run in runs("first_curves")[HOPPER, "mbpo"].values())
+    assert 0.9 < older[0]["mean"].iloc[-1] / 1000 < 1.1
+    assert older[1].value[older[1].tag == BIAS].max() > 10_000
 
 
 def fits(name: str) -> pd.DataFrame:
@@ -503,7 +525,7 @@ def test_cartpole_swingup():
         """after the first fit MBPO's error of it is about the ablation's and well below FTFL's,
         whose is the least at the end. FTFL's error of s' is about two to three times MBPO's from
         step 6,000 to 12,500 (the median of each seed's fits), and about the same at 20,000.""",
-        "On cartpole-swingup it is not, and MBPO learns it better at first.",
+        "On cartpole-swingup, where it is not, it has less than FTFL's.",
     )
     names = ["mbpo", FTFL, ABLATION, "sac_utd10"]
     returns = {name: curves(CARTPOLE, name) for name in names}
