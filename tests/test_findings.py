@@ -261,7 +261,7 @@ def test_more_updates_per_fit():
 def test_what_runs_were_made_on():
     says(
         """All others, and the ablation's seed 3 of walker-run, were made on CPUs (hopper-stand's
-        does not say); `_alpha1`, `_first500`, `_long_fits`, `_patience5` and `_layernorm` have 5
+        names no device); `_alpha1`, `_first500`, `_long_fits`, `_patience5` and `_layernorm` have 5
         episodes to an evaluation, all else 10.""",
     )
     on_gpu = {(WALKER, name) for name in [*FITTED, *SAC[:2]]}
@@ -521,7 +521,7 @@ def test_cartpole_swingup():
         not in each seed.""",
         """In the transitions of a random policy the variances of s' - s add up to a few times that
         of the reward here, and to one and a half million times on walker-run; in those of a trained
-        policy to less than it, and to tens of thousands of times""",
+        policy to less than it here, and to tens of thousands of times it there""",
         """after the first fit MBPO's error of it is about the ablation's and well below FTFL's,
         whose is the least at the end. FTFL's error of s' is about two to three times MBPO's from
         step 6,000 to 12,500 (the median of each seed's fits), and about the same at 20,000.""",
