@@ -365,14 +365,14 @@ def test_layernorm_on_quadruped_walk():
 
 def test_hopper():
     says(
-        """the critic overestimates in every run from step 7,500 to 17,500. At 10,000 its bias is
-        in the thousands in one seed of MBPO, whose temperature has grown with it, and in the hundreds in the other; between the two with a temperature kept at 0.2
-        (`mbpo_alpha02`, seed 1, cut off there), as mbrl-lib and mbpo_pytorch have it here; below
-        250 with FTFL (two seeds) and in SAC with as many updates (`sac_utd20`, one seed); some 50
-        with the simulator in place of the model (`mbpo_perfect_model`,
-        `grids/hopper_causes.toml`, one seed), after hundreds at 7,500. In both seeds FTFL's is
-        below MBPO's but for one evaluation of seed 2, though its error of s' is mostly the
-        larger.""",
+        """the critic overestimates in every run from step 7,500 to 17,500. At 10,000 its bias is in
+        the thousands in one seed of MBPO, whose temperature has grown with it, and in the hundreds
+        in the other; between the two with a temperature kept at 0.2 (`mbpo_alpha02`, seed 1, cut
+        off there), as mbrl-lib and mbpo_pytorch have it here; below 250 with FTFL (two seeds) and
+        in SAC with as many updates (`sac_utd20`, one seed); some 50 with the simulator in place of
+        the model (`mbpo_perfect_model`, `grids/hopper_causes.toml`, one seed), after hundreds at
+        7,500. In both seeds FTFL's is below MBPO's but for one evaluation of seed 2, though its
+        error of s' is mostly the larger.""",
         """Returns swing by hundreds from one evaluation to the next""",
         """FTFL is ahead of MBPO at 7,500 and at 20,000 in both seeds, at 17,500 behind in both.
         MBPO's mean is near the published one at 10,000 and 15,000; at 20,000 both of its seeds are
