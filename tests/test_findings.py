@@ -428,7 +428,8 @@ def test_halfcheetah():
         MBPO's, that of s' below it at most fits, and its critic does not overestimate, nor does
         MBPO's.""",
         "where both repairs lower either error",
-        "MBPO is above its published curve, by more than a deviation from 10,000 on",
+        """MBPO is above its published curve, by more than a deviation from 10,000 on, though SAC
+        with one update (`sac_utd1`, one seed) is below the one published point there is""",
         "Fits stop early here.",
     )
     tags = "return", BIAS, REWARD, CHANGE, UPDATES
@@ -445,6 +446,9 @@ def test_halfcheetah():
     far = (mbpo["return"].mean(axis=1) - curve["mean"]) / curve["std"]
     assert [*far.dropna().index] == [10_000, 15_000, 20_000]
     assert (far.dropna() > 1).all()
+    (step,) = published("HalfCheetah", "SAC, 1 update per step").index
+    (point,) = published("HalfCheetah", "SAC, 1 update per step")["mean"]
+    assert curves(CHEETAH, "sac_utd1").loc[: step + 2500].max().item() < point
     rows = pd.read_csv(RESULTS / "mechanism" / "fits.csv")
     rows = rows[(rows.task == CHEETAH) & (rows.updates == 3000)].groupby("cell")
     for tag in ("reward_sampled", "change_sampled"):
