@@ -423,24 +423,44 @@ def test_hopper():
 
 def test_halfcheetah():
     says(
-        """On HalfCheetah-v5, with the settings of MBPO's authors, FTFL is ahead of MBPO at every
-        evaluation from 7,500 on (one seed). Its error of the reward is on average below half of
-        MBPO's, that of s' below it at most fits, and its critic does not overestimate, nor does
-        MBPO's.""",
-        "where both repairs lower either error",
+        """(two seeds, FTFL's second cut off), FTFL learns faster, but one seed fails at times. In
+        seed 1 it is ahead of MBPO at every evaluation from 7,500 on, with a lower error of the
+        reward and of s' at nearly all fits. In seed 2 it is ahead at 7,500, and earns a few
+        hundreds at 10,000 and at 15,000, where its critic overestimates; between these its training
+        episodes are ahead of MBPO's until they fail as well. Its error of the reward is lower at
+        most fits there, that of s' is not, and neither rises when it fails; MBPO's critic
+        overestimates nowhere after 5,000.""",
+        "both repairs lower either error",
         """MBPO is above its published curve, by more than a deviation from 10,000 on, though SAC
         with one update (`sac_utd1`, one seed) is below the one published point there is""",
         "Fits stop early here.",
+        "On HalfCheetah-v5 FTFL learns",
+        "than MBPO in one seed, and fails at times in the other.",
     )
-    tags = "return", BIAS, REWARD, CHANGE, UPDATES
+    episodes = "train/episode_return"
+    tags = "return", BIAS, REWARD, CHANGE, UPDATES, episodes
     mbpo, ftfl = ({tag: curves(CHEETAH, x, tag) for tag in tags} for x in ("mbpo", FTFL))
-    assert [*mbpo["return"]] == [*ftfl["return"]] == [1]
-    later = slice(7500, 20_000)
-    assert (ftfl["return"] > mbpo["return"]).loc[later].all(axis=None)
-    assert ((ftfl[REWARD] / mbpo[REWARD]).mean() < 0.5).all()
-    assert ((ftfl[CHANGE] < mbpo[CHANGE]).mean() > 0.5).all()
+    assert [*mbpo["return"]] == [*ftfl["return"]] == [1, 2]
+    assert np.isnan(ftfl["return"].loc[20_000, 2])
+    ahead = ftfl["return"] > mbpo["return"]
+    assert ahead.loc[7500:, 1].all()
+    assert ahead.loc[7500, 2]
+    failed = [10_000, 15_000]
+    assert ftfl["return"].loc[failed, 2].between(300, 500).all()
+    assert (ftfl[BIAS].loc[failed, 2] > 0).all()
+    assert (ftfl[BIAS].loc[7500:, 1] < 0).all()
+    assert (mbpo[BIAS].loc[7500:].dropna() < 0).all(axis=None)
+    assert (ftfl[episodes] > mbpo[episodes]).loc[11_000:13_000, 2].all()
+    assert (ftfl[episodes] < mbpo[episodes] / 2).loc[14_000:16_000, 2].all()
+    reward, state = (((ftfl[x] / mbpo[x]).dropna() < 1).mean() for x in (REWARD, CHANGE))
+    assert reward[1] > 0.95
+    assert state[1] > 0.95
+    assert reward[2] > 0.8
+    assert state[2] < 0.5
+    for tag in (REWARD, CHANGE):
+        for step in failed:
+            assert ftfl[tag].loc[step : step + 250, 2].max() < 1.3 * ftfl[tag].loc[step - 1000, 2]
     for runs_of in (mbpo, ftfl):
-        assert (runs_of[BIAS].loc[later] < 0).all(axis=None)
         assert runs_of[UPDATES].median().max() < 500
     curve = published("HalfCheetah", "MBPO")
     far = (mbpo["return"].mean(axis=1) - curve["mean"]) / curve["std"]
