@@ -1,9 +1,12 @@
-"""Evaluates a run's saved policy on deterministic episodes, and films them.
+"""Evaluates a run's saved policy on deterministic episodes; films them, or asks the model of them.
 
     python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --episodes 1
+    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --ahead 100
 
 Without --seed these are the first episodes that training evaluates at the step of the checkpoint.
-Each episode is an .mp4 of its own, in the task's own time.
+Each is filmed as an .mp4 of its own, in the task's own time. With --ahead H ahead.csv is written
+instead: of every H steps the reward, `real`, and what the saved model expects from the first of
+their states on, `model`, the mean of 100 rollouts by the same policy.
 """
 
 import os
@@ -16,6 +19,7 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 from common import ROOT, InputError, load_script, load_task, run_tool
@@ -26,16 +30,17 @@ class Options:
     run: tyro.conf.Positional[Path]  # folder of a run
     episodes: int = 3  # how many
     seed: int | None = None  # of the episodes; by default the run's
-    video: Path | None = None  # folder of the videos; by default RUN/watch
+    video: Path | None = None  # folder of what is written; by default RUN/watch
+    ahead: int = 0  # film nothing, but ask the model about so many steps at a time
 
 
 def open_run(run: Path) -> tuple:
-    """A run's script, as a module, its Args, agent and step; InputError if there is none."""
+    """A run's script, as a module, its Args and its checkpoint; InputError if there is none."""
     if not (file := run / "checkpoint.pt").exists():
         raise InputError(f"{run} holds no checkpoint.pt: no run, or one that has saved nothing yet")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        settings, agent, step = saved["settings"], saved["agent"], saved["progress"][0]
+        settings, _, _ = saved["settings"], saved["agent"], saved["progress"][0]
         name = Path(settings["script"]).name
     except Exception:  # torch.load has no error of its own
         raise InputError(f"{file} is damaged or cut short: name another run") from None
@@ -43,20 +48,46 @@ def open_run(run: Path) -> tuple:
         raise InputError(f"{file} was written by {name}, which is not in {ROOT}")
     script = load_script(name)
     known = settings.keys() & {field.name for field in fields(script.Args)}
-    return script, script.Args(**{name: settings[name] for name in known}), agent, step
+    return script, script.Args(**{name: settings[name] for name in known}), saved
+
+
+def look_ahead(script, args, saved: dict, nets: dict, episodes: list, steps: int) -> pd.DataFrame:
+    """Columns episode, step, real, model: the reward of so many steps, and what the model expects.
+
+    Where the task ends an episode, a rollout ends as well.
+    """
+
+    def step_model(*given) -> tuple:
+        """model_step without noise in the action."""
+        return script.model_step(*given[:-1], (0.0, given[-1][1]), nets, args)
+
+    draw, lines = {"generator": torch.Generator().manual_seed(args.seed), "device": "cpu"}, []
+    model, actor = saved["model"], saved["agent"]["actor"]["params"]
+    how = step_model, script.termination_function(args), draw
+    for number, episode in enumerate(episodes):
+        for step in range(0, len(episode.reward), steps):
+            real = episode.reward[step : step + steps]
+            starts = script.Batch(*(part[[step] * 100] for part in episode))
+            rows = script.rollout(model, actor, starts, len(real), *how)
+            expected = rows[:, nets["ensemble"].weights[0].shape[1]].sum() / 100  # r, after s and a
+            lines.append((number, step, float(real.sum()), float(expected)))
+    return pd.DataFrame(lines, columns=["episode", "step", "real", "model"])
 
 
 def watch(options: Options) -> None:
-    """Prints the returns of the episodes and films them."""
-    if options.episodes < 1 or (options.seed or 0) < 0:
-        raise InputError("--episodes must be at least 1, and --seed 0 or more")
-    script, args, agent, step = open_run(options.run)
+    """Prints the returns of the episodes; films them, or writes what the model expects of them."""
+    if options.episodes < 1 or min(options.seed or 0, options.ahead) < 0:
+        raise InputError("--episodes must be at least 1, and --seed and --ahead 0 or more")
+    script, args, saved = open_run(options.run)
+    if options.ahead and "model" not in saved:
+        raise InputError(f"{options.run} has no model to ask: leave out --ahead")
     seed = args.seed if options.seed is None else options.seed
     args = replace(args, eval_episodes=options.episodes, seed=seed)
     load_task(args.env_id)
-    env = script.make_env(args.env_id, render=True)
+    env = script.make_env(args.env_id, render=not options.ahead)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     nets = {"actor": script.mlp(dims[0], 2 * dims[1]), "critic": script.Critic(*dims)}
+    agent, step, episodes = saved["agent"], saved["progress"][0], []
     try:
         for part, net in nets.items():
             net.load_state_dict(agent[part]["params"])
@@ -66,14 +97,27 @@ def watch(options: Options) -> None:
     interval = getattr(env.unwrapped, "dt", None)  # seconds
     how = {"name_prefix": f"step-{step}", "fps": round(1 / interval) if interval else None}
     try:
-        env = gym.wrappers.RecordVideo(env, str(folder), lambda episode: True, **how)
+        if not options.ahead:
+            env = gym.wrappers.RecordVideo(env, str(folder), lambda episode: True, **how)
     except gym.error.DependencyNotInstalled:
         raise InputError("a video needs moviepy: pip install -e '.[benchmarks]'") from None
-    unpack = script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack
+
+    def unpack(rows: torch.Tensor):
+        """ReplayBuffer.unpack, as evaluate() calls it for each episode; keeps what it returns."""
+        episodes.append(script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack(rows))
+        return episodes[-1]
+
     returns, _ = script.evaluate(env, agent, nets, args, step, unpack)
     env.close()
     print(*(f"episode {i}  return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
-    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; videos in {folder}")
+    if options.ahead:
+        sizes = args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden
+        nets["ensemble"] = script.Ensemble(*sizes)
+        table = look_ahead(script, args, saved, nets, episodes, options.ahead)
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_csv(folder / "ahead.csv", index=False, float_format="%.6g")
+    made = "ahead.csv" if options.ahead else "videos"
+    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; {made} in {folder}")
 
 
 if __name__ == "__main__":

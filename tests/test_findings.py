@@ -379,7 +379,7 @@ def test_hopper():
         one.""",
         """an older run of `mbpo.py` (`first_curves/`) returned 1,000 at 20,000 after a bias of more
         than 10,000.""",
-        "At the end of Hopper-v5 its critic errs less than MBPO's, and it returns more.",
+        "and on Hopper-v5, where its critic errs less than MBPO's.",
     )
     names = ["mbpo", FTFL, "mbpo_perfect_model", "mbpo_alpha02", "sac_utd20"]
     returns, bias = ({x: curves(HOPPER, x, tag) for x in names} for tag in ("return", BIAS))
@@ -423,40 +423,35 @@ def test_hopper():
 
 def test_halfcheetah():
     says(
-        """(two seeds, FTFL's second cut off), FTFL learns faster, but one seed fails at times. In
-        seed 1 it is ahead of MBPO at every evaluation from 7,500 on, with a lower error of the
-        reward and of s' at nearly all fits. In seed 2 it is ahead at 7,500, and earns a few
-        hundreds at 10,000 and at 15,000, where its critic overestimates; between these its training
-        episodes are ahead of MBPO's until they fail as well. Its error of the reward is lower at
-        most fits there, that of s' is not, and neither rises when it fails; MBPO's critic
-        overestimates nowhere after 5,000.""",
+        """(two seeds), FTFL ends ahead of MBPO in both. In seed 1 it is ahead at every evaluation
+        from 7,500 on, with a lower error of the reward at all fits and of s' at most. In seed 2 it
+        is ahead at 7,500, 17,500 and 20,000, level with MBPO at 12,500, and earns a few hundreds at
+        10,000 and at 15,000, where its critic overestimates; MBPO's does so nowhere after 5,000.
+        Its error of the reward is lower at most fits there, that of s' is not, and neither rises
+        when it fails.""",
         "both repairs lower either error",
         """MBPO is above its published curve, by more than a deviation from 10,000 on, though SAC
         with one update (`sac_utd1`, one seed) is below the one published point there is""",
         "Fits stop early here.",
-        "On HalfCheetah-v5 FTFL learns",
-        "than MBPO in one seed, and fails at times in the other.",
+        "FTFL ends ahead of MBPO on HalfCheetah-v5 in both seeds",
     )
-    episodes = "train/episode_return"
-    tags = "return", BIAS, REWARD, CHANGE, UPDATES, episodes
+    tags = "return", BIAS, REWARD, CHANGE, UPDATES
     mbpo, ftfl = ({tag: curves(CHEETAH, x, tag) for tag in tags} for x in ("mbpo", FTFL))
     assert [*mbpo["return"]] == [*ftfl["return"]] == [1, 2]
-    assert np.isnan(ftfl["return"].loc[20_000, 2])
     ahead = ftfl["return"] > mbpo["return"]
     assert ahead.loc[7500:, 1].all()
-    assert ahead.loc[7500, 2]
+    assert ahead.loc[[7500, 17_500, 20_000], 2].all()
+    assert 0.8 < ftfl["return"].loc[12_500, 2] / mbpo["return"].loc[12_500, 2] < 1.2
     failed = [10_000, 15_000]
     assert ftfl["return"].loc[failed, 2].between(300, 500).all()
     assert (ftfl[BIAS].loc[failed, 2] > 0).all()
-    assert (ftfl[BIAS].loc[7500:, 1] < 0).all()
-    assert (mbpo[BIAS].loc[7500:].dropna() < 0).all(axis=None)
-    assert (ftfl[episodes] > mbpo[episodes]).loc[11_000:13_000, 2].all()
-    assert (ftfl[episodes] < mbpo[episodes] / 2).loc[14_000:16_000, 2].all()
+    assert (ftfl[BIAS].loc[7500:].drop(failed) < 0).all(axis=None)
+    assert (mbpo[BIAS].loc[7500:] < 0).all(axis=None)
     reward, state = (((ftfl[x] / mbpo[x]).dropna() < 1).mean() for x in (REWARD, CHANGE))
-    assert reward[1] > 0.95
-    assert state[1] > 0.95
-    assert reward[2] > 0.8
-    assert state[2] < 0.5
+    assert reward[1] == 1
+    assert state[1] > 0.8
+    assert reward[2] > 0.7
+    assert state[2] < 0.3
     for tag in (REWARD, CHANGE):
         for step in failed:
             assert ftfl[tag].loc[step : step + 250, 2].max() < 1.3 * ftfl[tag].loc[step - 1000, 2]
@@ -475,6 +470,34 @@ def test_halfcheetah():
         error = rows[tag].mean()
         assert error["raw residual"] > error["normalized residual"] > error["normalized direct"]
         assert error["raw residual"] > error["raw direct"] > error["normalized direct"]
+
+
+def test_falls_of_halfcheetah():
+    says(
+        """in each the cheetah runs, falls on its back, as a film by `watch.py` shows, and lies
+        there to the end. Where it runs on, the model expects about what comes; in 12 of the 20
+        windows in which it falls it expects more than 400, almost twice what comes.""",
+        "none of 20 episodes falls, and the model is within a quarter of what comes in every",
+    )
+    failing, good = (
+        pd.read_csv(RESULTS / "ahead" / f"{CHEETAH}__{FTFL}__2__{step}.csv")
+        for step in (16_000, 20_000)
+    )
+    lies = failing.real < 0  # the torque costs, and nothing comes
+    assert failing.episode.nunique() == 20
+    assert (lies == lies.groupby(failing.episode).cummax()).all()
+    assert lies.groupby(failing.episode).last().all()
+    falls = failing[~lies & lies.shift(-1, fill_value=False)]
+    assert len(falls) == 20
+    unseen = falls[falls.model > 400]
+    assert len(unseen) == 12
+    assert 1.6 < unseen.model.sum() / unseen.real.sum() < 2
+    runs_on = failing[~lies].drop(falls.index)
+    assert (runs_on.real > 200).all()
+    assert 0.8 < runs_on.model.sum() / runs_on.real.sum() < 1.2
+    assert good.episode.nunique() == 20
+    assert (good.real > 300).all()
+    assert (good.model / good.real).between(0.75, 1.25).all()
 
 
 def fits(name: str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import sys
 
 import imageio.v3 as imageio
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import watch
@@ -63,6 +64,39 @@ def test_a_seed_gives_other_episodes(trained, tmp_path, monkeypatch, seed):
     assert seeds == [mbpo_ftfl.derive_seed(seed or 1, 1, 80, episode) for episode in range(2)]
 
 
+def test_it_asks_the_model(trained, tmp_path, monkeypatch):
+    """Of every window: its reward, and the mean of rollouts of that length from its first state."""
+    asked, model_step = [], mbpo_ftfl.model_step
+
+    def lasting(model, actor, obs, choice, noise, nets, args):
+        """A model in which s' = s and r is 0 or 2, and the episode goes on."""
+        asked.append((obs.clone(), noise[0], choice))
+        action, next_obs, reward = model_step(model, actor, obs, choice, noise, nets, args)
+        assert next_obs.shape == obs.shape
+        return action, obs, 2 * (torch.arange(len(reward)) % 2).float()
+
+    monkeypatch.setattr(mbpo_ftfl, "model_step", lasting)
+    words = trained, "--ahead", 4, "--video", tmp_path / "new"
+    code, out, err = call(watch.watch, watch.Options, *words)
+    assert code == 0, err
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["ahead.csv"]
+    table = pd.read_csv(tmp_path / "new/ahead.csv")
+    returns = [float(line.split()[-1]) for line in out.splitlines() if "episode" in line]
+    assert table.groupby("episode").real.sum().tolist() == pytest.approx(returns, abs=0.01)
+    lengths = [int(value) + 1 for value in returns]  # the step that falls gives 0
+    starts = [(i, step) for i, n in enumerate(lengths) for step in range(0, n, 4)]
+    assert [*zip(table.episode, table.step, strict=True)] == starts
+    steps = [min(4, lengths[i] - step) for i, step in starts]
+    assert table.model.tolist() == pytest.approx(steps)  # 1 a step on average
+    assert len(asked) == sum(steps)
+    assert {noise for _, noise, _ in asked} == {0.0}
+    assert {len(obs) for obs, _, _ in asked} == {100}
+    assert len({*torch.cat([choice for *_, choice in asked]).tolist()}) > 1
+    states = torch.stack([obs[0] for obs, *_ in asked])
+    assert all((obs == obs[0]).all() for obs, *_ in asked)
+    assert len(states.unique(dim=0)) == len(table)
+
+
 BAD = [  # what is made of the run's folder, flags, and what the line must say
     (None, "", "holds no checkpoint.pt"),
     (b"no checkpoint", "", "checkpoint.pt is damaged or cut short"),
@@ -71,6 +105,8 @@ BAD = [  # what is made of the run's folder, flags, and what the line must say
     ("sac.py", "", "is of another version of sac.py"),
     (None, "--episodes 0", "--episodes must be at least 1"),
     (None, "--episodes x", "invalid"),
+    (None, "--ahead -1", "and --seed and --ahead 0 or more"),
+    ({"model": None}, "--ahead 5", "has no model to ask"),
 ]
 
 
@@ -81,6 +117,10 @@ def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, content, words, s
     monkeypatch.setattr(watch.load_script("sac.py"), "make_env", lambda e, render: make_env(e))
     if isinstance(content, bytes):
         (tmp_path / "checkpoint.pt").write_bytes(content)
+    elif content == {"model": None}:
+        saved = read_checkpoint(trained)
+        del saved["model"]
+        torch.save(saved, tmp_path / "checkpoint.pt")
     elif content:
         if isinstance(content, str):  # as if another script had written it
             saved = read_checkpoint(trained)
