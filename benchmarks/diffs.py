@@ -8,6 +8,7 @@ What `patch` makes is again one self-contained script, with a name of its own fo
 
 import itertools
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,7 @@ def patched(script: str, diff: Path, root: Path = ROOT) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+@cache
 def source_of(name: str, root: Path = ROOT) -> str:
     """The text of a script as it is today, or of a patched one by its name; "" if there is none."""
     for script, diff in itertools.product(SCRIPTS, DIFFS):

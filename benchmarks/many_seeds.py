@@ -144,13 +144,12 @@ def run(given: tuple[Options, list[str]]) -> None:
     (options, words), path = given, given[0].script.resolve()
     flags = {word.split("=")[0] for word in words}
     ours = path.is_file() and "def sac_update(" in path.read_text(errors="replace")
-    for wrong, message in [
-        (not ours, f"{path} is not the path of one of the scripts, such as mbpo_ftfl.py"),
-        (flags & {"--seed", "--track"}, "--seed and --track are for single runs: give --seeds"),
-        (len({*options.seeds}) < len(options.seeds), "--seeds must name each seed once"),
-    ]:
-        if wrong:
-            raise InputError(message)
+    if not ours:
+        raise InputError(f"{path} is not the path of one of the scripts, such as mbpo_ftfl.py")
+    if flags & {"--seed", "--track"}:
+        raise InputError("--seed and --track are for single runs: give --seeds")
+    if len({*options.seeds}) < len(options.seeds):
+        raise InputError("--seeds must name each seed once")
     script = load_script(path)
     args = parse(script.Args, script.__doc__, words, prog=f"many_seeds.py {path.name}")
     load_task(args.env_id, path.parent)

@@ -71,8 +71,7 @@ QUESTIONS = {  # what is predicted, and what it is held against
 @dataclass
 class Options:
     tasks: tuple[str, ...] = TASKS  # tasks to fit on transitions of a uniform random policy
-    # run folders of the scripts, for new transitions of their policies
-    runs: Annotated[tuple[Path, ...], arg(name="checkpoints")] = ()
+    runs: Annotated[tuple[Path, ...], arg(name="checkpoints")] = ()  # run folders: new transitions
     cells: tuple[Literal[tuple(CELLS)], ...] = tuple(CELLS)  # what is fitted
     budgets: tuple[int, ...] = (300, 1000, 3000)  # gradient steps after which a fit is measured
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds of split, bootstrap sample, weights and batches
@@ -87,8 +86,7 @@ class Options:
 @dataclass
 class Needed(Options):
     tasks: tuple[str, ...] = ("dmc/humanoid-stand", "dmc/hopper-stand", "Hopper-v5")  # random ones
-    # run folders of the scripts, for the first rows of their replay buffers
-    runs: Annotated[tuple[Path, ...], arg(name="buffers")] = ()
+    runs: Annotated[tuple[Path, ...], arg(name="buffers")] = ()  # run folders: their first rows
     cells: tuple[Literal[tuple(CELLS)], ...] = tuple(CELLS)[2:4] + tuple(CELLS)[5:]  # fitted
     budgets: tuple[int, ...] = (500, 1000, 2000, 3000, 5000, 8000, 12_000, 20_000, 30_000)  # steps
     seeds: tuple[int, ...] = (1, 2)  # seeds of split, bootstrap sample, weights and batches
@@ -157,11 +155,6 @@ def factors(errors: pd.DataFrame, target: str, others: list[str]) -> pd.Series:
     return wide[target] / wide[others].min(axis=1)
 
 
-def counted(factors: pd.Series) -> str:
-    """How many errors are lower, and in brackets the median factor."""
-    return f"{(factors < 1).sum()} of {len(factors)} ({factors.median():.2g})"
-
-
 def until(factors: pd.Series) -> str:
     """When factors are first at most 1.1, when below 0.9, and the last: 500 / 8,000 (0.52)."""
     updates = factors.index.get_level_values("updates")
@@ -194,8 +187,9 @@ def present(out: Path) -> None:
     errors = read_errors(out, PARTS, "trained policy")
     last = errors[errors.updates == errors.updates.max()]
     parts = {question: factors(last, *cells) for question, cells in QUESTIONS.items()}
-    parts = {q: each.groupby(["policy", "error of"]).agg(counted) for q, each in parts.items()}
-    table = pd.DataFrame(parts).T.rename_axis("to ...")
+    groups = pd.DataFrame(parts).groupby(["policy", "error of"])
+    table = groups.agg(lambda x: f"{(x < 1).sum()} of {x.count()} ({x.median():.2g})")
+    table = table.T.rename_axis("to ...")
     table.columns = [f"{part}, {policy} policy" for policy, part in table.columns]
     text = f"On how many data sets it lowers the sampled error after {max(last.updates):,} "
     text += f"updates\n(in brackets the median factor):\n\n{markdown(table.reset_index())}\n"

@@ -83,6 +83,7 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
         raise InputError(f"{folder} is no run that can be read: {file.name}: {reason}") from None
 
 
+@cache
 def code_of(source: str) -> str:
     """SHA-256 of what Python executes of a script: of no comment, docstring or layout."""
 
@@ -109,12 +110,6 @@ def origin(script: str, source: str) -> dict:
     return {}
 
 
-@cache
-def code_today(script: str) -> str:
-    """What `code_of` makes of a script, or of a script and a diff, as they are now."""
-    return code_of(diffs.source_of(script, ROOT))
-
-
 def load(results: Path) -> pd.DataFrame:
     """Every run under a folder, long: task, run (its title), length, seed, step, tag, value.
 
@@ -128,7 +123,7 @@ def load(results: Path) -> pd.DataFrame:
         updates = args["updates_per_step"]
         title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
         made = args if "code" in args else origin(args["script"], args.get("source", ""))
-        mark = "" if made.get("code") == code_today(args["script"]) else " †"
+        mark = "" if made.get("code") == code_of(diffs.source_of(args["script"], ROOT)) else " †"
         names = {"task": args["env_id"], "run": title, "seed": args["seed"], "mark": mark}
         frames.append(frame.assign(**names, length=evaluations.step.max()))
     if not frames:
@@ -284,8 +279,8 @@ def figures_of(data: pd.DataFrame) -> dict:
 
 def diff_text(_) -> str:
     """`diff mbpo.py mbpo_ftfl.py` without the hunks of the docstrings at the top."""
-    options = {"cwd": ROOT, "capture_output": True, "text": True}
-    lines = subprocess.run(["diff", "mbpo.py", "mbpo_ftfl.py"], **options).stdout
+    command = ["diff", "mbpo.py", "mbpo_ftfl.py"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     hunks = re.split(r"^(?=\d)", lines, flags=re.M)
     top = (ROOT / "mbpo.py").read_text().split("\nimport")[0].count("\n")
     shown = [hunk for hunk in hunks if hunk and int(re.match(r"\d+", hunk)[0]) > top]
@@ -304,20 +299,14 @@ def filled(text: str, data: pd.DataFrame) -> str:
     def part(found: re.Match) -> str:
         begin, name, end = found.groups()
         file = ROOT / "benchmarks" / "results" / f"{name}.md"
-        if name not in PARTS:
-            made = file.read_text().strip() if file.exists() else "Not measured yet."
-        else:
-            made = PARTS[name](data)
-        return f"{begin}{made}\n{end}"
+        other = file.read_text().strip() if file.exists() else "Not measured yet."
+        return f"{begin}{PARTS[name](data) if name in PARTS else other}\n{end}"
 
     return re.sub(r"(<!-- (\S+) -->\n).*?(<!-- /\2 -->)", part, text, flags=re.S)
 
 
 def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
-    """The documents on a folder of runs, and the text that each should have.
-
-    For our own results these are the two READMEs; else report.md there.
-    """
+    """The two READMEs, or report.md beside runs that are not our own, and what they should say."""
     if results.resolve() != ROOT / "benchmarks" / "results":
         figures = "\n".join(f"![{name}](figures/{name}.png)" for name in figures_of(data))
         return {results / "report.md": f"{figures}\n\n{tables(data)}\n"}
@@ -337,8 +326,7 @@ def write(results: Path, data: pd.DataFrame) -> None:
 def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -> None:
     """Copies runs into a folder of results; all are read before any is written."""
     runs = {}
-    beside = "figures", "report.md"  # the runs, from --write
-    for folder in (folder for folder in folders if folder.name not in beside):
+    for folder in (folder for folder in folders if folder.name not in ("figures", "report.md")):
         args, evaluations, _ = read_run(folder)
         last, end = evaluations.step.max(), args["total_timesteps"]
         if (scalars := read_events(folder)).empty:

@@ -2,8 +2,7 @@
 
     python benchmarks/time_readme.py && python benchmarks/report.py --write
 
-The first is given 10,000 steps, with which it ends after the first fit. Writes
-results/readme_commands.md.
+The first ends at step 10,000, after the first fit. Writes results/readme_commands.md.
 """
 
 import os
@@ -36,8 +35,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder, "clone")
         timed(f"git clone --quiet {ROOT} {clone} && {sys.executable} -m venv {folder}/venv")
-        path = f"{folder}/venv/bin:{os.environ['PATH']}"
-        place = {"cwd": clone, "env": os.environ | {"PATH": path}}
+        path = {"PATH": f"{folder}/venv/bin:{os.environ['PATH']}"}
+        place = {"cwd": clone, "env": os.environ | path}
         installed, _ = timed(install, **place)
         timed(install_tests, **place)
         tested, output = timed(tests, **place)

@@ -6,7 +6,7 @@
 Without --seed these are the first episodes that training evaluates at the step of the checkpoint.
 Each is filmed as an .mp4 of its own, in the task's own time. With --ahead H ahead.csv is written
 instead: of every H steps the reward, `real`, and what the saved model expects from the first of
-their states on, `model`, the mean of 100 rollouts by the same policy.
+their states on, `model`, the median of 100 rollouts by the same policy, as some may diverge.
 """
 
 import os
@@ -23,6 +23,8 @@ import pandas as pd
 import torch
 import tyro
 from common import ROOT, InputError, load_script, load_task, run_tool
+
+ROLLOUTS = 100  # of the model, from each state that it is asked about
 
 
 @dataclass
@@ -51,26 +53,30 @@ def open_run(run: Path) -> tuple:
     return script, script.Args(**{name: settings[name] for name in known}), saved
 
 
-def look_ahead(script, args, saved: dict, nets: dict, episodes: list, steps: int) -> pd.DataFrame:
+def look_ahead(script, args, saved, nets: dict, episodes: list, unpack, steps) -> pd.DataFrame:
     """Columns episode, step, real, model: the reward of so many steps, and what the model expects.
 
-    Where the task ends an episode, a rollout ends as well.
+    Either ends earlier where the task ends episodes, and both at a time limit.
     """
 
-    def step_model(*given) -> tuple:
+    def step_model(model, actor, obs, choice, noise) -> tuple:
         """model_step without noise in the action."""
-        return script.model_step(*given[:-1], (0.0, given[-1][1]), nets, args)
+        return script.model_step(model, actor, obs, choice, (0.0, noise[1]), nets, args)
 
-    draw, lines = {"generator": torch.Generator().manual_seed(args.seed), "device": "cpu"}, []
-    model, actor = saved["model"], saved["agent"]["actor"]["params"]
-    how = step_model, script.termination_function(args), draw
+    generator, lines = torch.Generator().manual_seed(script.derive_seed(args.seed, 3)), []
+    given = saved["model"], saved["agent"]["actor"]["params"]
+    how = script.termination_function(args), {"generator": generator, "device": "cpu"}
     for number, episode in enumerate(episodes):
         for step in range(0, len(episode.reward), steps):
             real = episode.reward[step : step + steps]
-            starts = script.Batch(*(part[[step] * 100] for part in episode))
-            rows = script.rollout(model, actor, starts, len(real), *how)
-            expected = rows[:, nets["ensemble"].weights[0].shape[1]].sum() / 100  # r, after s and a
-            lines.append((number, step, float(real.sum()), float(expected)))
+            batch = script.Batch(*(part[[step] * ROLLOUTS] for part in episode))
+            going, rewards = torch.ones(ROLLOUTS), torch.zeros(ROLLOUTS)
+            for _ in range(steps if episode.terminated[-1] else len(real)):
+                batch = unpack(script.rollout(*given, batch, 1, step_model, *how))
+                rewards += going * batch.reward
+                going *= 1 - batch.terminated
+                batch = batch._replace(obs=batch.next_obs)
+            lines.append((number, step, float(real.sum()), float(rewards.nanmedian())))
     return pd.DataFrame(lines, columns=["episode", "step", "real", "model"])
 
 
@@ -79,14 +85,15 @@ def watch(options: Options) -> None:
     if options.episodes < 1 or min(options.seed or 0, options.ahead) < 0:
         raise InputError("--episodes must be at least 1, and --seed and --ahead 0 or more")
     script, args, saved = open_run(options.run)
-    if options.ahead and "model" not in saved:
-        raise InputError(f"{options.run} has no model to ask: leave out --ahead")
+    if options.ahead and "elites" not in saved.get("model", {}):
+        raise InputError(f"{options.run} has no fitted model to ask: leave out --ahead")
     seed = args.seed if options.seed is None else options.seed
     args = replace(args, eval_episodes=options.episodes, seed=seed)
     load_task(args.env_id)
     env = script.make_env(args.env_id, render=not options.ahead)
     dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     nets = {"actor": script.mlp(dims[0], 2 * dims[1]), "critic": script.Critic(*dims)}
+    unpack = script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack
     agent, step, episodes = saved["agent"], saved["progress"][0], []
     try:
         for part, net in nets.items():
@@ -102,22 +109,21 @@ def watch(options: Options) -> None:
     except gym.error.DependencyNotInstalled:
         raise InputError("a video needs moviepy: pip install -e '.[benchmarks]'") from None
 
-    def unpack(rows: torch.Tensor):
-        """ReplayBuffer.unpack, as evaluate() calls it for each episode; keeps what it returns."""
-        episodes.append(script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack(rows))
+    def keep(rows: torch.Tensor):
+        """ReplayBuffer.unpack, as evaluate() calls it with each episode, which it keeps."""
+        episodes.append(unpack(rows))
         return episodes[-1]
 
-    returns, _ = script.evaluate(env, agent, nets, args, step, unpack)
+    returns, _ = script.evaluate(env, agent, nets, args, step, keep)
     env.close()
     print(*(f"episode {i}  return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
     if options.ahead:
         sizes = args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden
         nets["ensemble"] = script.Ensemble(*sizes)
-        table = look_ahead(script, args, saved, nets, episodes, options.ahead)
+        table = look_ahead(script, args, saved, nets, episodes, unpack, options.ahead)
         folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / "ahead.csv", index=False, float_format="%.6g")
-    made = "ahead.csv" if options.ahead else "videos"
-    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; {made} in {folder}")
+    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; written to {folder}")
 
 
 if __name__ == "__main__":

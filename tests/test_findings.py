@@ -379,7 +379,7 @@ def test_hopper():
         one.""",
         """an older run of `mbpo.py` (`first_curves/`) returned 1,000 at 20,000 after a bias of more
         than 10,000.""",
-        "and on Hopper-v5, where its critic errs less than MBPO's.",
+        "FTFL ends ahead of MBPO in both seeds of Hopper-v5, where its critic errs less,",
     )
     names = ["mbpo", FTFL, "mbpo_perfect_model", "mbpo_alpha02", "sac_utd20"]
     returns, bias = ({x: curves(HOPPER, x, tag) for x in names} for tag in ("return", BIAS))
@@ -427,13 +427,14 @@ def test_halfcheetah():
         from 7,500 on, with a lower error of the reward at all fits and of s' at most. In seed 2 it
         is ahead at 7,500, 17,500 and 20,000, level with MBPO at 12,500, and earns a few hundreds at
         10,000 and at 15,000, where its critic overestimates; MBPO's does so nowhere after 5,000.
-        Its error of the reward is lower at most fits there, that of s' is not, and neither rises
-        when it fails.""",
+        Its error of the reward is lower at most fits there, that of s' is not; around 10,000 both
+        rise somewhat, around 15,000 neither.""",
         "both repairs lower either error",
         """MBPO is above its published curve, by more than a deviation from 10,000 on, though SAC
         with one update (`sac_utd1`, one seed) is below the one published point there is""",
         "Fits stop early here.",
-        "FTFL ends ahead of MBPO on HalfCheetah-v5 in both seeds",
+        "FTFL ends ahead of MBPO in both seeds of Hopper-v5",
+        "where its critic errs less, and of HalfCheetah-v5",
     )
     tags = "return", BIAS, REWARD, CHANGE, UPDATES
     mbpo, ftfl = ({tag: curves(CHEETAH, x, tag) for tag in tags} for x in ("mbpo", FTFL))
@@ -453,8 +454,9 @@ def test_halfcheetah():
     assert reward[2] > 0.7
     assert state[2] < 0.3
     for tag in (REWARD, CHANGE):
-        for step in failed:
-            assert ftfl[tag].loc[step : step + 250, 2].max() < 1.3 * ftfl[tag].loc[step - 1000, 2]
+        before, then = (ftfl[tag].loc[x, 2] for x in ([9500, 14_500], [10_250, 15_250]))
+        assert 1.1 < then[10_250] / before[9500] < 1.4
+        assert then[15_250] / before[14_500] < 1.05
     for runs_of in (mbpo, ftfl):
         assert runs_of[UPDATES].median().max() < 500
     curve = published("HalfCheetah", "MBPO")
@@ -474,30 +476,24 @@ def test_halfcheetah():
 
 def test_falls_of_halfcheetah():
     says(
-        """in each the cheetah runs, falls on its back, as a film by `watch.py` shows, and lies
-        there to the end. Where it runs on, the model expects about what comes; in 12 of the 20
-        windows in which it falls it expects more than 400, almost twice what comes.""",
-        "none of 20 episodes falls, and the model is within a quarter of what comes in every",
+        """so that in 17 of 20 episodes the second half earns less than 0. Of the first half the
+        model expects in each more than any of them earns, and more than twice their mean.""",
+        "no half earns less than 2,700, and the model is within a tenth of each",
+        "for a while, and its model does not foresee it.",
     )
     failing, good = (
         pd.read_csv(RESULTS / "ahead" / f"{CHEETAH}__{FTFL}__2__{step}.csv")
         for step in (16_000, 20_000)
     )
-    lies = failing.real < 0  # the torque costs, and nothing comes
-    assert failing.episode.nunique() == 20
-    assert (lies == lies.groupby(failing.episode).cummax()).all()
-    assert lies.groupby(failing.episode).last().all()
-    falls = failing[~lies & lies.shift(-1, fill_value=False)]
-    assert len(falls) == 20
-    unseen = falls[falls.model > 400]
-    assert len(unseen) == 12
-    assert 1.6 < unseen.model.sum() / unseen.real.sum() < 2
-    runs_on = failing[~lies].drop(falls.index)
-    assert (runs_on.real > 200).all()
-    assert 0.8 < runs_on.model.sum() / runs_on.real.sum() < 1.2
-    assert good.episode.nunique() == 20
-    assert (good.real > 300).all()
-    assert (good.model / good.real).between(0.75, 1.25).all()
+    for table in (failing, good):
+        assert [*table.step] == [0, 500] * 20
+        assert table.episode.nunique() == 20
+    first, second = (failing[failing.step == step] for step in (0, 500))
+    assert (second.real < 0).sum() == 17
+    assert first.model.min() > first.real.max()
+    assert first.model.min() > 2 * first.real.mean()
+    assert (good.real > 2700).all()
+    assert (good.model / good.real).between(0.9, 1.1).all()
 
 
 def fits(name: str) -> pd.DataFrame:

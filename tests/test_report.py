@@ -31,7 +31,7 @@ def tree(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     yield tmp_path
-    report.code_today.cache_clear()
+    report.diffs.source_of.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_runs_of_other_code_are_marked(tree, trained):
     name, source = "sac, 1 update per step", script.read_text()
 
     def say(**options) -> str:
-        report.code_today.cache_clear()
+        report.diffs.source_of.cache_clear()
         code, out, err = main("--results", results)
         assert code == 0, err
         return out

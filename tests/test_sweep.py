@@ -206,7 +206,9 @@ def test_the_grids_are_those_of_the_recorded_runs():
             continue
         asked = [json.loads(x.settings) for x in runs if x.folder.name == file.parent.name]
         same = [all(held.get(x) == ask[x] for x in ask.keys() - free) for ask in asked]
-        assert held.get("code") != report.code_today(held["script"]) or any(same), file
+        assert held.get("code") != report.code_of(
+            report.diffs.source_of(held["script"], ROOT)
+        ) or any(same), file
 
 
 ONE = '[[grid]]\nscripts = ["mbpo.py"]\nenv-id = "InvertedPendulum-v5"\n'

@@ -64,18 +64,20 @@ def test_a_seed_gives_other_episodes(trained, tmp_path, monkeypatch, seed):
     assert seeds == [mbpo_ftfl.derive_seed(seed or 1, 1, 80, episode) for episode in range(2)]
 
 
-def test_it_asks_the_model(trained, tmp_path, monkeypatch):
-    """Of every window: its reward, and the mean of rollouts of that length from its first state."""
+@pytest.mark.parametrize("falls_at", [None, 2])
+def test_it_asks_the_model(trained, tmp_path, monkeypatch, falls_at):
+    """Of every window: its reward, and the median of rollouts from its first state to their end."""
     asked, model_step = [], mbpo_ftfl.model_step
 
-    def lasting(model, actor, obs, choice, noise, nets, args):
-        """A model in which s' = s and r is 0 or 2, and the episode goes on."""
+    def known(model, actor, obs, choice, noise, nets, args):
+        """A model in which branch i earns i at every step, and stays or falls at once or later."""
         asked.append((obs.clone(), noise[0], choice))
         action, next_obs, reward = model_step(model, actor, obs, choice, noise, nets, args)
         assert next_obs.shape == obs.shape
-        return action, obs, 2 * (torch.arange(len(reward)) % 2).float()
+        fallen = torch.full_like(obs, 0.0 if len(asked) % 4 != falls_at else 1.0)  # rad
+        return action, fallen, torch.arange(len(reward)).float()
 
-    monkeypatch.setattr(mbpo_ftfl, "model_step", lasting)
+    monkeypatch.setattr(mbpo_ftfl, "model_step", known)
     words = trained, "--ahead", 4, "--video", tmp_path / "new"
     code, out, err = call(watch.watch, watch.Options, *words)
     assert code == 0, err
@@ -86,15 +88,15 @@ def test_it_asks_the_model(trained, tmp_path, monkeypatch):
     lengths = [int(value) + 1 for value in returns]  # the step that falls gives 0
     starts = [(i, step) for i, n in enumerate(lengths) for step in range(0, n, 4)]
     assert [*zip(table.episode, table.step, strict=True)] == starts
-    steps = [min(4, lengths[i] - step) for i, step in starts]
-    assert table.model.tolist() == pytest.approx(steps)  # 1 a step on average
-    assert len(asked) == sum(steps)
+    assert {*table.model} == {49 * (falls_at or 4)}  # the last window as well, though it is short
+    assert len(asked) == 4 * len(table)
     assert {noise for _, noise, _ in asked} == {0.0}
-    assert {len(obs) for obs, _, _ in asked} == {100}
+    assert {len(obs) for obs, *_ in asked} == {100}
     assert len({*torch.cat([choice for *_, choice in asked]).tolist()}) > 1
-    states = torch.stack([obs[0] for obs, *_ in asked])
+    first = torch.stack([obs[0] for obs, *_ in asked[::4]])
     assert all((obs == obs[0]).all() for obs, *_ in asked)
-    assert len(states.unique(dim=0)) == len(table)
+    assert len(first.unique(dim=0)) == len(table)
+    assert (asked[1][0] == 0).all()  # goes on from what the model said
 
 
 BAD = [  # what is made of the run's folder, flags, and what the line must say
@@ -106,7 +108,7 @@ BAD = [  # what is made of the run's folder, flags, and what the line must say
     (None, "--episodes 0", "--episodes must be at least 1"),
     (None, "--episodes x", "invalid"),
     (None, "--ahead -1", "and --seed and --ahead 0 or more"),
-    ({"model": None}, "--ahead 5", "has no model to ask"),
+    ({"model": {"learner": {}}}, "--ahead 5", "has no fitted model to ask"),
 ]
 
 
@@ -117,10 +119,8 @@ def test_bad_input_is_one_line(trained, tmp_path, monkeypatch, content, words, s
     monkeypatch.setattr(watch.load_script("sac.py"), "make_env", lambda e, render: make_env(e))
     if isinstance(content, bytes):
         (tmp_path / "checkpoint.pt").write_bytes(content)
-    elif content == {"model": None}:
-        saved = read_checkpoint(trained)
-        del saved["model"]
-        torch.save(saved, tmp_path / "checkpoint.pt")
+    elif content and "model" in content:  # saved before the first fit
+        torch.save(read_checkpoint(trained) | content, tmp_path / "checkpoint.pt")
     elif content:
         if isinstance(content, str):  # as if another script had written it
             saved = read_checkpoint(trained)

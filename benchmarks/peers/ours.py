@@ -2,11 +2,12 @@
 
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 
 import torch
 from common import load_script
-from held import FIT_EVERY, Held, short_run
+from held import FIT_EVERY, FIT_UPDATES, Held
 from peers.serve import serve, start
 
 DEFAULT, UNMARKED = "products by torch's default", "addresses not marked as fixed"
@@ -64,9 +65,11 @@ def run(task) -> None:
     script.check_finite = check
     if task.kind == "rollout":
         script.rollout = rollouts
+    short = {"eval_frequency": 0, "checkpoint_frequency": 0, "model_train_frequency": FIT_EVERY}
+    short |= {"model_first_updates": FIT_UPDATES, "model_updates": FIT_UPDATES} | settings
+    known = {name: value for name, value in short.items() if name in vars(args)}
     with tempfile.TemporaryDirectory() as folder:
-        args = short_run(args, run_root=folder, **settings)
-        script.train(args)
+        script.train(replace(args, run_root=folder, **known))
 
 
 if __name__ == "__main__":
