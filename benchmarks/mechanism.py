@@ -155,6 +155,11 @@ def factors(errors: pd.DataFrame, target: str, others: list[str]) -> pd.Series:
     return wide[target] / wide[others].min(axis=1)
 
 
+def counted(factors: pd.Series) -> str:
+    """How many errors are lower, and in brackets the median factor."""
+    return f"{(factors < 1).sum()} of {len(factors)} ({factors.median():.2g})"
+
+
 def until(factors: pd.Series) -> str:
     """When factors are first at most 1.1, when below 0.9, and the last: 500 / 8,000 (0.52)."""
     updates = factors.index.get_level_values("updates")
@@ -187,9 +192,8 @@ def present(out: Path) -> None:
     errors = read_errors(out, PARTS, "trained policy")
     last = errors[errors.updates == errors.updates.max()]
     parts = {question: factors(last, *cells) for question, cells in QUESTIONS.items()}
-    groups = pd.DataFrame(parts).groupby(["policy", "error of"])
-    table = groups.agg(lambda x: f"{(x < 1).sum()} of {x.count()} ({x.median():.2g})")
-    table = table.T.rename_axis("to ...")
+    parts = {q: each.groupby(["policy", "error of"]).agg(counted) for q, each in parts.items()}
+    table = pd.DataFrame(parts).T.rename_axis("to ...")
     table.columns = [f"{part}, {policy} policy" for policy, part in table.columns]
     text = f"On how many data sets it lowers the sampled error after {max(last.updates):,} "
     text += f"updates\n(in brackets the median factor):\n\n{markdown(table.reset_index())}\n"
