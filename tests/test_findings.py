@@ -429,7 +429,8 @@ def test_finger_spin():
         above 0.6 of its variance.""",
         "of s' FTFL's error is two to three times the others' (the median over fits).",
         "the same updates return more than SAC at every evaluation from 7,500 on",
-        "In seed 2 FTFL meets no reward in its first 10,000 steps.",
+        "and more than twice as much from 10,000 on",
+        "In seed 2 FTFL meets no reward in its first 10,000 steps, and returns 0 at the end.",
         "On finger-spin, where it is rare, none learns it yet: SAC leads.",
     )
     task, episodes = "dmc/finger-spin", "train/episode_return"
@@ -445,7 +446,10 @@ def test_finger_spin():
         ratio = curves(task, FTFL, CHANGE)[1] / curves(task, name, CHANGE)[1]
         assert 2 < ratio.median() < 3
     simulator = curves(task, f"{FTFL}_perfect_model")[1]
-    assert (simulator > sac[simulator.index]).loc[7500:].all()
+    assert simulator.index.max() == 20_000
+    assert (simulator > sac).loc[7500:].all()
+    assert (simulator > 2 * sac).loc[10_000:].all()
+    assert curves(task, FTFL).loc[20_000, 2] == 0
     assert (curves(task, FTFL, episodes)[2].loc[:10_000] == 0).all()
 
 
