@@ -9,7 +9,7 @@ import diffs
 import numpy as np
 import pytest
 import torch
-from helpers_run import ROOT, folder_of, read_checkpoint, same, small
+from helpers_run import ROOT, folder_of, read_checkpoint, read_scalars, same, small
 
 NAMES = [diff.stem for diff in diffs.DIFFS]
 MODEL = ["mbpo", "mbpo_ftfl", "mbpo_residual_ablation"]
@@ -264,3 +264,26 @@ def test_the_perfect_model_repeats_what_was_recorded(env_id, patched, tmp_path):
         assert math.isclose(won, float(reward), rel_tol=1e-4, abs_tol=1e-5)
     assert saved["synthetic"].isfinite().all()
     assert len(saved["synthetic"]) == 10  # of the one step that learned
+
+
+def test_epochs_learn_from_whole_episodes_and_roll_out_at_fits(patched, tmp_path, monkeypatch):
+    """Rows come by episodes, the random steps at once; rollouts with a fit, as many in all."""
+    module, calls = patched("epochs", "mbpo_ftfl"), []
+    add, fit = module.ReplayBuffer.add, module.fit_ensemble
+    monkeypatch.setattr(
+        module.ReplayBuffer, "add", lambda self, rows: (calls.append(len(rows)), add(self, rows))
+    )
+    monkeypatch.setattr(module, "fit_ensemble", lambda *args: (calls.append("fit"), fit(*args))[1])
+    changes = {"rollouts_per_step": 1000, "model_train_frequency": 20, "eval_frequency": 0}
+    module.train(module.Args(**small("mbpo_ftfl", **changes), run_root=str(tmp_path)))
+    run_folder = folder_of(tmp_path, "mbpo_ftfl_epochs")
+    fits = [i for i, call in enumerate(calls) if call == "fit"]
+    assert len(fits) == 3
+    for i in fits:
+        assert calls[i + 1 : i + 21] == [1000] * 20
+    assert calls.count(1000) == 3 * 20
+    blocks = [call for call in calls if call not in ("fit", 1000)]
+    ended = {step for step, _ in read_scalars(run_folder)["train/episode_length"]} | {40}
+    assert len(ended) > 3
+    assert [*itertools.accumulate(blocks)] == sorted(ended)
+    assert sum(blocks[: calls.index("fit")]) == 40
