@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers_run import ROOT, folder_of, read_checkpoint, read_scalars, same, small
 
+import mbpo_ftfl
+
 NAMES = [diff.stem for diff in diffs.DIFFS]
 MODEL = ["mbpo", "mbpo_ftfl", "mbpo_residual_ablation"]
 PAIRS = [*itertools.product(NAMES, MODEL), ("layernorm", "sac"), ("resets", "sac")]
@@ -287,3 +289,36 @@ def test_epochs_learn_from_whole_episodes_and_roll_out_at_fits(patched, tmp_path
     assert len(ended) > 3
     assert [*itertools.accumulate(blocks)] == sorted(ended)
     assert sum(blocks[: calls.index("fit")]) == 40
+
+
+@pytest.mark.parametrize("env_id", ["dmc/finger-spin", "InvertedPendulum-v5"])
+def test_the_known_reward_is_the_tasks_own(env_id, patched):
+    """Of s' that random actions reach, as model_step gives it; other tasks are refused."""
+    module = patched("known_reward", "mbpo")
+    env, rng, over = module.make_env(env_id), np.random.default_rng(0), True
+    reached, earned = [], []
+    for i in range(2000):
+        if over:
+            env.reset(seed=i)
+        s_next, reward, terminated, truncated, _ = env.step(
+            rng.uniform(-1, 1, env.action_space.shape)
+        )
+        over = terminated or truncated or i % 20 == 19
+        reached.append(s_next)
+        earned.append(reward)
+    reached, earned = (torch.tensor(np.array(x), dtype=torch.float32) for x in (reached, earned))
+    assert 0 < earned.mean() < 1
+    assert torch.equal(module.REWARDS[env_id](reached).float(), earned)
+    with pytest.raises(module.InputError, match="a task whose reward is known"):
+        module.check_args(module.Args("dmc/walker-run"))
+
+
+def test_rollouts_earn_the_known_reward(patched):
+    """The ensemble's s' unchanged, its reward replaced by 1 where |s'_1| <= 0.2, else 0."""
+    module = patched("known_reward", "mbpo_ftfl")
+    args, nets, model, data, *_ = fitted(module)
+    args.env_id = "InvertedPendulum-v5"
+    _, next_obs, reward = steps(module, args, nets, model, data.obs)
+    assert torch.equal(next_obs, steps(mbpo_ftfl, args, nets, model, data.obs)[1])
+    assert torch.equal(reward, (next_obs[:, 1].abs() <= 0.2).float())
+    assert 0 < reward.mean() < 1
