@@ -77,7 +77,7 @@ def published(task: str, algorithm: str) -> pd.DataFrame:
 
 def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
     says(
-        """On walker-run each run with a model ends ahead of each of SAC with the same settings, but
+        """On walker-run all with a model end ahead of each of SAC with the same settings, but
         not of each of `sac_utd8`""",
         "At 25,000 two of its seeds are ahead of some runs with a model",
     )
@@ -90,10 +90,10 @@ def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
 
 def test_ftfl_is_not_ahead_of_mbpo():
     says(
-        """Our 15,000 to 25,000 steps, not the papers' 500,000, neither show its lead nor refute
+        """Our 15,000 to 25,000 steps, not the papers' 500,000, neither show FTFL's lead nor refute
         it.""",
-        """FTFL with fits of 500 steps is ahead of MBPO in no seed. Most earn what standing still
-        does; who runs by then may be chance.""",
+        """FTFL with fits of 500 steps is ahead of MBPO in no seed. Most earn what standing earns;
+        who learns to run may be chance.""",
         "By step 25,000 most runs with a model are near that.",
         """Two seeds of the ablation, one of `raw_direct`, and with `_fits2000` one of FTFL and
         MBPO's are more than a third above it, and lift the means of those with several seeds.""",
@@ -523,8 +523,8 @@ def test_halfcheetah():
 
 def test_falls_of_halfcheetah():
     says(
-        """so that in 17 of 20 episodes the second half earns less than 0. Of the first half the
-        model expects in each more than any of them earns, and more than twice their mean.""",
+        """so that in 17 of 20 episodes the second half earns less than 0. For each first half the
+        model expects more than any of the 20 earns, and more than twice their mean.""",
         "no half earns less than 2,700, and the model is within a tenth of each",
         "for a while, and its model does not foresee it.",
     )
