@@ -423,34 +423,40 @@ def test_hopper():
 
 def test_finger_spin():
     says(
-        """The 5,000 random steps of seed 1 meet it 8 times, and SAC learns from that: at 20,000 it
-        is within a deviation of both published curves. The three with a model earn less than 15 at
-        every evaluation. Their models have not learned the reward: at most fits the error of it is
-        above 0.6 of its variance.""",
-        "of s' FTFL's error is two to three times the others' (the median over fits).",
+        """(three seeds). The reward is 1 while the body spins fast enough, else 0""",
+        """The 5,000 random steps meet it 8, 0 and 4 times. SAC meets it in each episode after step
+        9,000, and at 20,000 each of its seeds is within a deviation of the published curve with 8
+        updates per step. No run with a model returns more than 45 at any evaluation or more than a
+        third of what SAC's least does at 20,000, and MBPO's seed 2 never meets the reward.""",
+        """in seed 1, which has met it most often, the error of it is above 0.6 of its variance at
+        most fits, in seed 3 so too but for MBPO.""",
+        """Of s' FTFL's error is two to three times the others' in two seeds, and about theirs in
+        one (the median over fits).""",
         "the same updates return more than SAC at every evaluation from 7,500 on",
         "and more than twice as much from 10,000 on",
-        "In seed 2 FTFL meets no reward in its first 10,000 steps, and returns 0 at the end.",
         "On finger-spin, where it is rare, none learns it yet: SAC leads.",
     )
     task, episodes = "dmc/finger-spin", "train/episode_return"
-    sac = curves(task, "sac_utd10")[1]
-    for algorithm in ("SAC, 1 update per step", "SAC, 8 updates per step"):
-        curve = published(task, algorithm).loc[20_000]
-        assert abs(sac[20_000] - curve["mean"]) < curve["std"]
+    sac, curve = curves(task, "sac_utd10"), published(task, "SAC, 8 updates per step").loc[20_000]
+    assert [*sac] == [1, 2, 3]
+    assert ((sac.loc[20_000] - curve["mean"]).abs() < curve["std"]).all()
+    assert (curves(task, "sac_utd10", episodes).loc[9001:] > 0).all(axis=None)
     for name in ("mbpo", FTFL, ABLATION):
-        assert curves(task, name, episodes)[1].loc[:5000].sum() == 8
-        assert curves(task, name)[1].max() < 15 < sac.loc[10_000:].min()
-        assert (curves(task, name, REWARD)[1] > 0.6).mean() > 0.8
+        assert [*curves(task, name, episodes).loc[:5000].sum()] == [8, 0, 4]
+        returns, often = curves(task, name), (curves(task, name, REWARD) > 0.6).mean()
+        assert returns.max().max() < 45
+        assert returns.loc[20_000].max() < sac.loc[20_000].min() / 3
+        assert often[1] > 0.8
+        assert (often[3] > 0.8) == (name != "mbpo")
+    assert (curves(task, "mbpo", episodes)[2] == 0).all()
     for name in ("mbpo", ABLATION):
-        ratio = curves(task, FTFL, CHANGE)[1] / curves(task, name, CHANGE)[1]
-        assert 2 < ratio.median() < 3
+        ratio = (curves(task, FTFL, CHANGE) / curves(task, name, CHANGE)).median()
+        assert ratio[[1, 2]].between(2, 3).all()
+        assert 0.8 < ratio[3] < 1.2
     simulator = curves(task, f"{FTFL}_perfect_model")[1]
     assert simulator.index.max() == 20_000
-    assert (simulator > sac).loc[7500:].all()
-    assert (simulator > 2 * sac).loc[10_000:].all()
-    assert curves(task, FTFL).loc[20_000, 2] == 0
-    assert (curves(task, FTFL, episodes)[2].loc[:10_000] == 0).all()
+    assert (simulator > sac[1]).loc[7500:].all()
+    assert (simulator > 2 * sac[1]).loc[10_000:].all()
 
 
 def test_halfcheetah():
