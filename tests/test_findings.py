@@ -474,8 +474,8 @@ def test_halfcheetah():
         """SAC with one update (`sac_utd1`, two seeds) is below the one published point there is""",
         """from a temperature of 1 its entropy stays within a fifth of that of uniform actions until
         step 9,000, and above 0 until 17,000; the target is -3. From 0.1 or 0.01 (`_alpha0.1`,
-        `_alpha0.01`, two seeds each) it is below 0 from 9,000 on, and at 17,500 each returns about
-        as much as that point or more.""",
+        `_alpha0.01`, two seeds each, `grids/sac_temperatures.toml`) it is below 0 from 9,000 on,
+        and at 17,500 each returns about as much as that point or more.""",
         "Fits stop early here.",
         "FTFL ends ahead of MBPO in both seeds of Hopper-v5",
         "where its critic errs less, and of HalfCheetah-v5",
