@@ -15,7 +15,8 @@ import mbpo_ftfl
 
 NAMES = [diff.stem for diff in diffs.DIFFS]
 MODEL = ["mbpo", "mbpo_ftfl", "mbpo_residual_ablation"]
-PAIRS = [*itertools.product(NAMES, MODEL), ("layernorm", "sac"), ("resets", "sac")]
+FOUR = ["layernorm", "resets", "softlearning"]  # these apply to sac.py as well
+PAIRS = [*itertools.product(NAMES, MODEL), *itertools.product(FOUR, ["sac"])]
 OWN = {"reject": {"rollout_schedule": (0, 1, 3, 3)}, "resets": {"reset_updates": 25}}
 CPU = torch.device("cpu")
 
@@ -245,6 +246,27 @@ def test_layernorm_bounds_q(script, patched):
     assert (q <= bound).all()
     plain = patched("resets", script).Critic(3, 2)
     assert (plain(obs, action).abs().amax(1) > 100 * bound).all()
+
+
+@pytest.mark.parametrize("script", ["sac", "mbpo"])
+def test_softlearning_begins_with_a_wide_policy(script, patched):
+    """A deviation of 1, not e^-4, where the network says 0, e^-20 to e^2; Glorot weights."""
+    module, shipped = patched("softlearning", script), patched("resets", script)
+
+    def log_std(module, said: float) -> float:
+        """The log deviation of two actions of mean 0 whose network says so for it."""
+        actor = module.mlp(3, 4)
+        params = {name: torch.zeros_like(p) for name, p in actor.named_parameters()}
+        params["4.bias"] = torch.tensor([0.0, 0.0, said, said])
+        _, log_prob = module.sample_action({"actor": actor}, params, torch.ones(3), torch.zeros(2))
+        return -(float(log_prob) + math.log(2 * math.pi)) / 2
+
+    assert [round(log_std(module, said), 4) for said in (0, -50, 50, 1)] == [0, -20, 2, 1]
+    assert [round(log_std(shipped, said), 4) for said in (0, -50, 50)] == [-4, -10, 2]
+    for layer in module.mlp(20, 1)[::2]:
+        bound = math.sqrt(6 / sum(layer.weight.shape))
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+        assert (layer.bias == 0).all()
 
 
 @pytest.mark.parametrize("env_id", ["dmc/walker-run", "Hopper-v5"])
