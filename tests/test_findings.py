@@ -77,9 +77,9 @@ def published(task: str, algorithm: str) -> pd.DataFrame:
 
 def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
     says(
-        """On walker-run all with a model end ahead of each of SAC with the same settings, but
-        not of each of `sac_utd8`""",
-        "At 25,000 two of its seeds are ahead of some runs with a model",
+        """every run with a model ends above every SAC run with its settings, but not every
+        `sac_utd8`""",
+        "At 25,000 two seeds of `sac_utd8` are ahead of some runs with a model",
     )
     sac = pd.concat([at(25_000, WALKER, name) for name in ("sac_utd1", "sac_utd10")])
     model = pd.concat([at(25_000, WALKER, name) for name in FITTED + FITS2000])
@@ -90,10 +90,9 @@ def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
 
 def test_ftfl_is_not_ahead_of_mbpo():
     says(
-        """Our 15,000 to 25,000 steps, not the papers' 500,000, neither show FTFL's lead nor refute
-        it.""",
-        """FTFL with fits of 500 steps is ahead of MBPO in no seed. Most earn what standing earns;
-        who learns to run may be chance.""",
+        "Our 15,000 to 25,000 steps (papers: 500,000) neither confirm nor refute FTFL's lead.",
+        """FTFL with 500-step refits ends above MBPO in no seed. Most only match standing still; who
+        runs may be luck.""",
         "By step 25,000 most runs with a model are near that.",
         """Two seeds of the ablation, one of `raw_direct`, and with `_fits2000` one of FTFL and
         MBPO's are more than a third above it, and lift the means of those with several seeds.""",
@@ -120,13 +119,13 @@ def test_ftfl_is_not_ahead_of_mbpo():
 
 def test_first_fits_of_the_reward_on_walker_run():
     says(
-        """On walker-run, where the reward is small beside s' - s, MBPO's first fit has three times
-        the ablation's error of it, nine times FTFL's; on cartpole-swingup less.""",
+        """On walker-run, with rewards small beside s' - s, MBPO's first fit has three times the
+        ablation's reward error, nine times FTFL's; on cartpole-swingup the gap is less.""",
         """on walker-run, the error of the reward after the first fit is largest for `mbpo`, then
         `raw_direct`, then the ablation, and least for FTFL""",
-        """Later the largest is less than twice the least (at step 15,000 the ablation's is the
-        largest); at 25,000 raw targets have the larger mean error and predicted spread, by about
-        half.""",
+        """Later these errors differ by less than a factor of two (at step 15,000 the ablation's is
+        the largest); at 25,000 raw targets have the larger mean error and predicted spread, by
+        about half.""",
     )
     first, later, last = (means(step, WALKER, FITTED, REWARD) for step in (5000, 15_000, 25_000))
     assert [*first.sort_values(ascending=False).index] == ["mbpo", "raw_direct", ABLATION, FTFL]
@@ -144,13 +143,13 @@ def test_first_fits_of_the_reward_on_walker_run():
 
 def test_fits_that_stop_early():
     says(
-        "Fits that stop early go with lower returns",
+        "Fits that stop early return less;",
         """keep some thousands of gradient steps at first; later most keep fewer than a hundred, a
-        few some thousands. The return at step 15,000 is lower for `mbpo.py` as for `mbpo_ftfl.py`
-        (on other hardware).""",
+        few some thousands. The return at step 15,000 is lower than without, for `mbpo.py` as for
+        `mbpo_ftfl.py` (on other hardware).""",
         """with raw targets its predicted spread begins at a third of the reward's deviation or
-        more, and its error at several times that of FTFL's. The error of s' is at first the larger
-        one with FTFL. At the end errors and returns are about the same.""",
+        more, and its error at several times FTFL's. The error in s' is at first larger with FTFL.
+        At the end the two scripts' errors and returns are about the same.""",
     )
     both = "mbpo_patience5", f"{FTFL}_patience5"
     for name, other in zip(both, ("mbpo", FTFL), strict=True):
@@ -177,12 +176,12 @@ def test_older_runs_of_ftfl():
         """(`results/early_stopping/`, two seeds) a fit had 500 gradient steps at most, most fits
         stopped earlier, and the first temperature was 1: FTFL came last at step 20,000, and its
         critic overestimated.""",
-        "(`_first500`; its error of s' is at first 14 times the variance of s' - s)",
+        "(`_first500`; its error in s' is at first 14 times the variance of s' - s)",
         """At step 15,000 each of these five runs returns more than twice what either older run of
         FTFL does, and none has a bias""",
-        """its error of s' is about half of that of each seed with 500 steps at step 10,000 (on a
+        """its error in s' is about half of that of each seed with 500 steps at step 10,000 (on a
         holdout of which earlier fits have seen most), its error of the reward below theirs, its
-        return not above (one seed).""",
+        return below theirs (one seed).""",
     )
     old = "early_stopping"
     returns = {name: curves(WALKER, name, folder=old) for _, name in runs(old)}
@@ -208,17 +207,17 @@ def test_older_runs_of_ftfl():
 
 def test_more_updates_per_fit():
     says(
-        """lower the error of s' for all three scripts; two of those four runs lead.""",
-        """In fits of 500 steps FTFL's error of s' (`model/change_error_mean`, the mean over seeds)
+        "lower the error in s' for all three scripts; two of those four lead.",
+        """In fits of 500 steps FTFL's error in s' (`model/change_error_mean`, the mean over seeds)
         stays above MBPO's at nearly all fits, and at most fits is the largest of the three
         scripts'.""",
         """it is lower at steps 15,000 and 25,000, by about a quarter for MBPO and by more than a
         third for FTFL and the ablation, so FTFL no longer has the largest after the first fit""",
         """Of the reward FTFL has less than half of MBPO's error up to step 15,000 (but for one
         fit), on average four fifths from 20,000 on.""",
-        """at 10,000 each of the four runs is below the mean of its like with 500 steps, at 15,000
-        each but FTFL's seed 1. At 25,000 FTFL's seed 1 and MBPO return more than every other run
-        of walker-run, FTFL's seed 2 and the ablation about what standing earns.""",
+        """at 10,000 each of the four runs is below its script's mean with 500 steps, at 15,000 each
+        but FTFL's seed 1. At 25,000 FTFL's seed 1 and MBPO return more than every other run of
+        walker-run, FTFL's seed 2 and the ablation about what standing earns.""",
         "the one pair of seeds, in which FTFL is ahead, decides nothing.",
         """with four times as many, runs had about a third to a half of the speed of the
         ablation's seed 3""",
@@ -308,7 +307,7 @@ def test_sac_follows_its_published_curve():
 
 def test_critics_on_quadruped_walk():
     says(
-        "On quadruped-walk all diverge, with",
+        "On quadruped-walk all diverge; with",
         """Q to hundreds to tens of thousands in `sac.py`, with a model to thousands or far more,
         positive or negative, whatever the model predicts. In two of FTFL's three seeds it is back
         in the hundreds at the end; no other run with a model is.""",
@@ -344,8 +343,8 @@ def test_layernorm_on_quadruped_walk():
     says(
         """LayerNorm in the critics, by the diff above, keeps Q within 100 with MBPO, FTFL and SAC
         until step 15,000""",
-        """though most of SAC's Q is still overestimate in all seeds, of FTFL's in two of three, of
-        MBPO's in none (`sac/q` and `eval/critic_bias` at step 15,000).""",
+        """though overestimation is still most of Q in all seeds of SAC, in two of FTFL's three, in
+        none of MBPO's (`sac/q` and `eval/critic_bias` at step 15,000).""",
         "an untrained one has returned more than the best mean over seeds",
     )
     too_high = {}
@@ -366,12 +365,12 @@ def test_hopper():
     says(
         """the critic overestimates in every run from step 7,500 to 17,500. At 10,000 its bias is in
         the thousands in one seed of MBPO, whose temperature has grown with it, and in the hundreds
-        in the other; between the two with a temperature kept at 0.2 (`mbpo_alpha02`, seed 1, cut
-        off there), as mbrl-lib and mbpo_pytorch have it here; below 250 with FTFL (two seeds) and
-        in SAC with as many updates (`sac_utd20`, one seed); some 50 with the simulator in place of
-        the model (`mbpo_perfect_model`, `grids/hopper_causes.toml`, one seed), after hundreds at
-        7,500. In both seeds FTFL's is below MBPO's but for one evaluation of seed 2, though its
-        error of s' is mostly the larger.""",
+        in the other; with the temperature fixed at 0.2, as mbrl-lib and mbpo_pytorch have it for
+        the hopper, it lies between the two (`mbpo_alpha02`, seed 1, cut off there); below 250 with
+        FTFL (two seeds) and in SAC with as many updates (`sac_utd20`, one seed); some 50 with the
+        simulator in place of the model (`mbpo_perfect_model`, `grids/hopper_causes.toml`, one
+        seed), after hundreds at 7,500. In both seeds FTFL's is below MBPO's but for one evaluation
+        of seed 2, though its error in s' is mostly the larger.""",
         """Returns swing by hundreds from one evaluation to the next""",
         """FTFL is ahead of MBPO at 7,500 and at 20,000 in both seeds, at 17,500 behind in both.
         MBPO's mean is near the published one at 10,000 and 15,000; at 20,000 both of its seeds are
@@ -426,17 +425,19 @@ def test_finger_spin():
         """(three seeds). The reward is 1 while the body spins fast enough, else 0""",
         """The 5,000 random steps meet it 8, 0 and 4 times. SAC meets it in each episode after step
         9,000, and at 20,000 each of its seeds is within a deviation of the published curve with 8
-        updates per step. No run with a model returns more than 45 at any evaluation or more than a
-        third of what SAC's least does at 20,000, and MBPO's seed 2 never meets the reward.""",
-        """in seed 1, which has met it most often, the error of it is above 0.6 of its variance at
-        most fits, in seed 3 so too but for MBPO.""",
+        updates per step. No run with a learned model returns more than 45 at any evaluation or more
+        than a third of what SAC's least does at 20,000, and MBPO's seed 2 never meets the
+        reward.""",
+        """the reward's error exceeds 0.6 of its variance in most fits (`model/reward_error` in
+        `scalars.csv`), with all three in seed 1, which has met it most often, and with FTFL and the
+        ablation in seed 3.""",
         """Of s' FTFL's error is two to three times the others' in two seeds, and about theirs in
         one (the median over fits).""",
         "the same updates return more than SAC at every evaluation from 7,500 on",
         "and more than twice as much from 10,000 on",
         """With the task's own reward of that model's s' (`mbpo_ftfl_known_reward`, seed 1)
         FTFL returns less than 5 at every evaluation""",
-        "On finger-spin, where it is rare, none learns it yet: SAC leads.",
+        "On finger-spin no model learned its rare reward; SAC leads.",
     )
     task, episodes = "dmc/finger-spin", "train/episode_return"
     sac, curve = curves(task, "sac_utd10"), published(task, "SAC, 8 updates per step").loc[20_000]
@@ -537,7 +538,7 @@ def test_falls_of_halfcheetah():
         """so that in 17 of 20 episodes the second half earns less than 0. For each first half the
         model expects more than any of the 20 earns, and more than twice their mean.""",
         "no half earns less than 2,700, and the model is within a tenth of each",
-        "for a while, and its model does not foresee it.",
+        "for a while, unforeseen by its model.",
     )
     failing, good = (
         pd.read_csv(RESULTS / "ahead" / f"{CHEETAH}__{FTFL}__2__{step}.csv")
@@ -571,7 +572,7 @@ def test_updates_that_each_target_needs():
         the better target in all parts once it has caught up. On the quadruped it is so for the
         reward, and nearly for what changes fast; its slow dimensions do not catch up.""",
         """What ridge regression leaves is with few updates learned best, or level with s' - s, and
-        on the data of both runs as well as s' - s or better at the end.""",
+        at the end, on the data of both runs, within a tenth of s' - s or better.""",
         """In fast dimensions of the humanoid and the quadruped all targets get worse after some
         8,000 steps""",
     )
@@ -602,10 +603,11 @@ def test_what_unit_scale_does_to_a_fit():
         apart; on walker-run it brings less with a trained policy.""",
         "On hopper-hop and hopper-stand a random policy sees hardly any reward",
         """in dimensions whose rho, the correlation of s_i and s'_i in
-        `results/mechanism/dimensions.csv`, is negative, as the paper has it, and on HalfCheetah-v5,
-        which has the most of them; elsewhere it mostly costs, and most for what changes slowly.
-        Where rho is above 0.99, as for positions and angles, a third of the dimensions come out
-        with more noise than a step changes them, also with the data of trained policies""",
+        `results/mechanism/dimensions.csv`, is negative, as FTFL's paper has it, and on
+        HalfCheetah-v5, which has the most of them; elsewhere it mostly costs, and most for what
+        changes slowly. Where rho is above 0.99, as for positions and angles, a third of the
+        dimensions come out with more noise than a step changes them, also with the data of trained
+        policies""",
     )
     reward = fits("mechanism").reward_sampled.xs(3000, level="updates").unstack("cell")
     gain = reward["normalized residual"] / reward["raw residual"]
@@ -640,7 +642,7 @@ def test_what_unit_scale_does_to_a_fit():
     assert (ratio[(rows.rho > 0) & ~cheetah] < 1).mean() < 0.2
     slow = rows.rho > 0.99
     assert ratio[slow].median() > 2 * ratio[~slow].median()
-    noise = rows["normalized direct"] / (2 - 2 * rows.rho)  # error of s' over Var[s' - s]
+    noise = rows["normalized direct"] / (2 - 2 * rows.rho)  # error in s' over Var[s' - s]
     assert 0.3 < (noise[slow] > 1).mean() < 0.37
     assert (noise[slow & (rows.data != "random")] > 1).any()
 
@@ -651,11 +653,11 @@ def test_cartpole_swingup():
         of the ablation in each seed, SAC ahead of FTFL in two and of MBPO in one; at 15,000 and
         17,500 MBPO leads all in each seed. From 7,500 to 12,500 FTFL has the largest mean, though
         not in each seed.""",
-        """In the transitions of a random policy the variances of s' - s add up to a few times that
-        of the reward here, and to one and a half million times on walker-run; in those of a trained
-        policy to less than it here, and to tens of thousands of times it there""",
+        """With a random policy the variances of s' - s add up to a few times that of the reward on
+        cartpole-swingup, and to one and a half million times on walker-run; with a trained policy
+        to less than that of the reward, and to tens of thousands of times""",
         """after the first fit MBPO's error of it is about the ablation's and well below FTFL's,
-        whose is the least at the end. FTFL's error of s' is about two to three times MBPO's from
+        whose is the least at the end. FTFL's error in s' is about two to three times MBPO's from
         step 6,000 to 12,500 (the median of each seed's fits), and about the same at 20,000.""",
         "SAC returns about three times what the one published curve with 1 update per step does.",
     )
