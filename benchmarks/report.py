@@ -233,10 +233,14 @@ def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
     shown = dict(zip(names, grid.legend.legend_handles, strict=True))
     for task, axis in grid.axes_dict.items():
         end = 1.04 * returns.step[returns.task == task].max()
-        for (algorithm, source, _), points in published(task, end):
-            style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "color": "0.3", "markersize": 4}
-            bars = axis.errorbar(points.step, points["mean"], points["std"], capsize=3, **style)
-            shown[f"{algorithm}\n({source})"] = bars
+        for (algorithm, source, seeds), points in published(task, end):
+            curve = points.step, points["mean"], points["std"]
+            style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "markersize": 4, "capsize": 3}
+            if pd.isna(seeds):  # a level, of no runs
+                drawn = axis.axhline(points["mean"].iloc[0], color="0.3", linestyle=":")
+            else:
+                drawn = axis.errorbar(*curve, color="0.3", **style)
+            shown[f"{algorithm}\n({source})"] = drawn
         axis.set(xlim=(None, end), xlabel="environment step")
         axis.locator_params(axis="x", nbins=5)
     grid.legend.remove()
