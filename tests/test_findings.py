@@ -474,9 +474,14 @@ def test_halfcheetah():
         Its error of the reward is lower at most fits there, that of s' is not; around 10,000 both
         rise somewhat, around 15,000 neither.""",
         "both repairs lower either error",
-        """MBPO is above its published curve, by more than a deviation from 10,000 on. It is so too
-        where a step is learned from once its episode has ended and all rollouts are made at a fit,
-        as its authors have it (`mbpo_epochs`, `grids/halfcheetah_causes.toml`, seed 1)""",
+        """MBPO is above its published curve, by more than a deviation from 10,000 on. Two things
+        that its authors have otherwise are hardly why (`grids/halfcheetah_causes.toml`, seed 1): it
+        is as far above where a step is learned from once its episode has ended and all rollouts are
+        made at a fit (`mbpo_epochs`), and at 10,000, where that run was cut off, with the first
+        weights and the wider first policy of their SAC (`mbpo_softlearning`). What is the cause is
+        not known. Others are as fast on today's HalfCheetah: DHMBPO, a later method with a model,
+        returns more than our MBPO at 10,000 and 15,000, less at 20,000 (on -v4, 8 seeds,
+        `published.csv`).""",
         """SAC with one update (`sac_utd1`, two seeds) is below the one published point there is""",
         """from a temperature of 1 its entropy stays within a fifth of that of uniform actions until
         step 9,000, and above 0 until 17,000; the target is -3. From 0.1 or 0.01 (`_alpha0.1`,
@@ -510,10 +515,15 @@ def test_halfcheetah():
     for runs_of in (mbpo, ftfl):
         assert runs_of[UPDATES].median().max() < 500
     curve = published("HalfCheetah", "MBPO")
-    for returns in (mbpo["return"].mean(axis=1), curves(CHEETAH, "mbpo_epochs")[1]):
+    causes = [curves(CHEETAH, f"mbpo_{name}")[1] for name in ("epochs", "softlearning")]
+    mean = mbpo["return"].mean(axis=1)
+    for returns, until in ((mean, 20_000), (causes[0], 20_000), (causes[1], 10_000)):
         far = ((returns - curve["mean"]) / curve["std"]).dropna()
-        assert [*far.index] == [10_000, 15_000, 20_000]
+        assert [*far.index] == [*range(10_000, until + 1, 5000)]
         assert (far > 1).all()
+    assert causes[1].index.max() == 10_000
+    ahead = (published("HalfCheetah", "DHMBPO")["mean"] - mean).dropna() > 0
+    assert ahead.to_dict() == {10_000: True, 15_000: True, 20_000: False}
     ((step, point),) = published("HalfCheetah", "SAC, 1 update per step")["mean"].items()
     sac = [f"sac_utd1{alpha}" for alpha in ("", "_alpha0.1", "_alpha0.01")]
     returns, entropy = ([curves(CHEETAH, x, tag) for x in sac] for tag in ("return", "sac/entropy"))
