@@ -707,3 +707,16 @@ def test_cartpole_swingup():
     ratio = curves(CARTPOLE, FTFL, CHANGE) / curves(CARTPOLE, "mbpo", CHANGE)
     assert ratio.loc[6000:12_500].median().between(2 / 1.2, 3 * 1.2).all()
     assert ratio.loc[20_000].between(0.9, 1.1).all()
+
+
+def test_ridge_in_training():
+    says(
+        """In training there is one run of it (`mbpo_ftfl_ridge`, walker-run, seed 1): at step
+        20,000 its error in s' is a little below that of each of FTFL's seeds, its return among
+        theirs.""",
+    )
+    for tag, low, high in ((CHANGE, 0.8, 1), ("return", 0.8, 1.7)):
+        (one,), seeds = at(20_000, WALKER, f"{FTFL}_ridge", tag), at(20_000, WALKER, FTFL, tag)
+        assert len(seeds) == 3
+        assert (one / seeds).between(low, high).all()
+    assert seeds.min() < one < seeds.max()
