@@ -422,7 +422,7 @@ def test_hopper():
 
 def test_finger_spin():
     says(
-        """(three seeds). The reward is 1 while the body spins fast enough, else 0""",
+        """Three seeds. The reward is 1 while the body spins fast enough, else 0""",
         """The 5,000 random steps meet it 8, 0 and 4 times. SAC meets it in each episode after step
         9,000, and at 20,000 each of its seeds is within a deviation of the published curve with 8
         updates per step. No run with a learned model returns more than 45 at any evaluation or more
@@ -467,7 +467,7 @@ def test_finger_spin():
 
 def test_halfcheetah():
     says(
-        """(two seeds), FTFL ends ahead of MBPO in both. In seed 1 it is ahead at every evaluation
+        """(two seeds) FTFL ends ahead of MBPO in both. In seed 1 it is ahead at every evaluation
         from 7,500 on, with a lower error of the reward at all fits and of s' at most. In seed 2 it
         is ahead at 7,500, 17,500 and 20,000, level with MBPO at 12,500, and earns a few hundreds at
         10,000 and at 15,000, where its critic overestimates; MBPO's does so nowhere after 5,000.
@@ -659,7 +659,7 @@ def test_what_unit_scale_does_to_a_fit():
 
 def test_cartpole_swingup():
     says(
-        """(three seeds). All learn to swing the pole up. At step 20,000 MBPO is ahead of FTFL and
+        """Three seeds. All learn to swing the pole up. At step 20,000 MBPO is ahead of FTFL and
         of the ablation in each seed, SAC ahead of FTFL in two and of MBPO in one; at 15,000 and
         17,500 MBPO leads all in each seed. From 7,500 to 12,500 FTFL has the largest mean, though
         not in each seed.""",
