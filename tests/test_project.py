@@ -137,3 +137,17 @@ def test_the_readme_shows_the_diff():
     top = SOURCE["mbpo"].split("import")[0].count("\n")
     assert shown == "".join(hunk for hunk in hunks if int(re.match(r"\d+", hunk)[0]) > top)
     assert "scaler" in shown
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_links_within_the_repository_lead_somewhere(name):
+    """Each names a file and, after #, a heading of it as GitHub writes it in addresses."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text())
+    within = [target.partition("#") for target in targets if not target.startswith("http")]
+    assert len(within) > 5
+    for path, _, heading in within:
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), path
+        if heading:
+            titles = re.findall(r"^#+ (.*)", file.read_text().lower(), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", x).replace(" ", "-") for x in titles], heading
