@@ -212,8 +212,8 @@ def present_needed(out: Path) -> None:
     table = words.unstack().reindex(columns=SPEEDS.values())
     table["seeds"] = errors.groupby(index[:2], observed=True).seed.nunique()
     text = "Updates until the sampled error is at most 10 % above that of predicting s' - s /\n"
-    text += "until it is more than 10 % below: the first that were tried, whatever follows\n"
-    text += "(in brackets: the last ratio), all at unit scale. Slow: Var(s' - s) < 0.1 Var(s).\n\n"
+    text += "until it is more than 10 % below, each the first tried, even if later ones undo it\n"
+    text += "(in brackets: the last ratio). All at unit scale; slow: Var(s' - s) < 0.1 Var(s).\n\n"
     (out / "summary.md").write_text(f"{text}{markdown(table.reset_index())}\n")
     (out / "needed.md").write_text(all_errors(errors) + "\n")
     draw(errors, out / "needed.png")

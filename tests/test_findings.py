@@ -77,8 +77,8 @@ def published(task: str, algorithm: str) -> pd.DataFrame:
 
 def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
     says(
-        """every run with a model ends above every SAC run with its settings, but not every
-        `sac_utd8`""",
+        """At 25,000 on walker-run every run with a model is above every SAC run with its settings,
+        but not every `sac_utd8`""",
         "At 25,000 two seeds of `sac_utd8` are ahead of some runs with a model",
     )
     sac = pd.concat([at(25_000, WALKER, name) for name in ("sac_utd1", "sac_utd10")])
@@ -91,7 +91,7 @@ def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
 def test_ftfl_is_not_ahead_of_mbpo():
     says(
         "Our 15,000 to 25,000 steps (papers: 500,000) neither confirm nor refute FTFL's lead.",
-        """FTFL with 500-step refits ends above MBPO in no seed. Most only match standing still; who
+        """FTFL with 500-step refits is above MBPO in no seed. Most only match standing still; who
         runs may be luck.""",
         "By step 25,000 most runs with a model are near that.",
         """Two seeds of the ablation, one of `raw_direct`, and with `_fits2000` one of FTFL and
@@ -120,19 +120,23 @@ def test_ftfl_is_not_ahead_of_mbpo():
 def test_first_fits_of_the_reward_on_walker_run():
     says(
         """On walker-run, with rewards small beside s' - s, MBPO's first fit has three times the
-        ablation's reward error, nine times FTFL's; on cartpole-swingup the gap is less.""",
+        ablation's reward error, nine times FTFL's; on cartpole-swingup FTFL's is the largest.""",
         """on walker-run, the error of the reward after the first fit is largest for `mbpo`, then
         `raw_direct`, then the ablation, and least for FTFL""",
-        """Later these errors differ by less than a factor of two (at step 15,000 the ablation's is
-        the largest); at 25,000 raw targets have the larger mean error and predicted spread, by
-        about half.""",
+        """From step 11,250 on these errors differ by less than a factor of two (at step 15,000 the
+        ablation's is the largest); at 25,000 raw targets have the larger mean error and predicted
+        spread, by about half.""",
     )
-    first, later, last = (means(step, WALKER, FITTED, REWARD) for step in (5000, 15_000, 25_000))
+    first, later = (means(step, WALKER, FITTED, REWARD) for step in (5000, 15_000))
     assert [*first.sort_values(ascending=False).index] == ["mbpo", "raw_direct", ABLATION, FTFL]
     assert round(first["mbpo"] / first[ABLATION]) == 3
     assert round(first["mbpo"] / first[FTFL]) == 9
-    for values in (later, last):
-        assert values.max() < 2 * values.min()
+    every = pd.DataFrame({name: curves(WALKER, name, REWARD).mean(axis=1) for name in FITTED})
+    apart = (every.max(axis=1) / every.min(axis=1))[every.notna().all(axis=1)]
+    assert (apart.loc[11_250:] < 2).all()
+    assert apart.loc[11_000] >= 2
+    cartpole = means(5000, CARTPOLE, FITTED[:3], REWARD)
+    assert cartpole.idxmax() == FTFL
     assert later.idxmax() == ABLATION
     raw, scaled = ["mbpo", "raw_direct"], [FTFL, ABLATION]
     for tag in (REWARD, SPREAD):
@@ -143,7 +147,7 @@ def test_first_fits_of_the_reward_on_walker_run():
 
 def test_fits_that_stop_early():
     says(
-        "Fits that stop early return less;",
+        "Runs whose fits stop early return less;",
         """keep some thousands of gradient steps at first; later most keep fewer than a hundred, a
         few some thousands. The return at step 15,000 is lower than without, for `mbpo.py` as for
         `mbpo_ftfl.py` (on other hardware).""",
@@ -181,7 +185,7 @@ def test_older_runs_of_ftfl():
         FTFL does, and none has a bias""",
         """its error in s' is about half of that of each seed with 500 steps at step 10,000 (on a
         holdout of which earlier fits have seen most), its error of the reward below theirs, its
-        return below theirs (one seed).""",
+        return not above (one seed).""",
     )
     old = "early_stopping"
     returns = {name: curves(WALKER, name, folder=old) for _, name in runs(old)}
@@ -207,7 +211,7 @@ def test_older_runs_of_ftfl():
 
 def test_more_updates_per_fit():
     says(
-        "lower the error in s' for all three scripts; two of those four lead.",
+        "lower the error in s' for all three scripts; two of the four lead.",
         """In fits of 500 steps FTFL's error in s' (`model/change_error_mean`, the mean over seeds)
         stays above MBPO's at nearly all fits, and at most fits is the largest of the three
         scripts'.""",
@@ -307,7 +311,7 @@ def test_sac_follows_its_published_curve():
 
 def test_critics_on_quadruped_walk():
     says(
-        "On quadruped-walk all diverge; with",
+        "On quadruped-walk all diverge, but none with",
         """Q to hundreds to tens of thousands in `sac.py`, with a model to thousands or far more,
         positive or negative, whatever the model predicts. In two of FTFL's three seeds it is back
         in the hundreds at the end; no other run with a model is.""",
@@ -430,14 +434,14 @@ def test_finger_spin():
         reward.""",
         """the reward's error exceeds 0.6 of its variance in most fits (`model/reward_error` in
         `scalars.csv`), with all three in seed 1, which has met it most often, and with FTFL and the
-        ablation in seed 3.""",
+        ablation in seed 3; in seed 2 theirs is mostly lower.""",
         """Of s' FTFL's error is two to three times the others' in two seeds, and about theirs in
         one (the median over fits).""",
         "the same updates return more than SAC at every evaluation from 7,500 on",
         "and more than twice as much from 10,000 on",
-        """With the task's own reward of that model's s' (`mbpo_ftfl_known_reward`, seed 1)
-        FTFL returns less than 5 at every evaluation""",
-        "On finger-spin no model learned its rare reward; SAC leads.",
+        """With the reward that the task itself gives for that model's s' (`mbpo_ftfl_known_reward`,
+        seed 1) FTFL returns less than 5 at every evaluation""",
+        "On finger-spin, its reward rare, SAC leads.",
     )
     task, episodes = "dmc/finger-spin", "train/episode_return"
     sac, curve = curves(task, "sac_utd10"), published(task, "SAC, 8 updates per step").loc[20_000]
@@ -451,6 +455,7 @@ def test_finger_spin():
         assert returns.loc[20_000].max() < sac.loc[20_000].min() / 3
         assert often[1] > 0.8
         assert (often[3] > 0.8) == (name != "mbpo")
+        assert name == "mbpo" or often[2] < 0.1
     assert (curves(task, "mbpo", episodes)[2] == 0).all()
     for name in ("mbpo", ABLATION):
         ratio = (curves(task, FTFL, CHANGE) / curves(task, name, CHANGE)).median()
@@ -474,14 +479,15 @@ def test_halfcheetah():
         Its error of the reward is lower at most fits there, that of s' is not; around 10,000 both
         rise somewhat, around 15,000 neither.""",
         "both repairs lower either error",
-        """MBPO is above its published curve, by more than a deviation from 10,000 on. Two things
-        that its authors have otherwise are hardly why (`grids/halfcheetah_causes.toml`, seed 1): it
-        is as far above where a step is learned from once its episode has ended and all rollouts are
-        made at a fit (`mbpo_epochs`), and at 10,000, where that run was cut off, with the first
-        weights and the wider first policy of their SAC (`mbpo_softlearning`). What is the cause is
-        not known. Others are as fast on today's HalfCheetah: DHMBPO, a later method with a model,
-        returns more than our MBPO at 10,000 and 15,000, less at 20,000 (on -v4, 8 seeds,
-        `published.csv`).""",
+        "MBPO is above its published curve, by more than a deviation from 10,000 on.",
+        """Two things that its authors do differently hardly explain it
+        (`grids/halfcheetah_causes.toml`, seed 1): a step is learned from only once its episode has
+        ended, and all rollouts are made at a fit (`mbpo_epochs`); their SAC has other first weights
+        and a wider first policy (`mbpo_softlearning`, cut off at 10,000). With either, seed 1
+        returns within a tenth of what it does without, or more.""",
+        """Our episodes in training, with sampled actions, averaged over eleven, are above it by
+        less than a deviation at 10,000 and 15,000. Of two later methods there, on -v4, one (DHMBPO)
+        is above our MBPO until 15,000, the other (MACURA) below that curve (`published.csv`).""",
         """SAC with one update (`sac_utd1`, two seeds) is below the one published point there is""",
         """from a temperature of 1 its entropy stays within a fifth of that of uniform actions until
         step 9,000, and above 0 until 17,000; the target is -3. From 0.1 or 0.01 (`_alpha0.1`,
@@ -515,15 +521,22 @@ def test_halfcheetah():
     for runs_of in (mbpo, ftfl):
         assert runs_of[UPDATES].median().max() < 500
     curve = published("HalfCheetah", "MBPO")
-    causes = [curves(CHEETAH, f"mbpo_{name}")[1] for name in ("epochs", "softlearning")]
     mean = mbpo["return"].mean(axis=1)
-    for returns, until in ((mean, 20_000), (causes[0], 20_000), (causes[1], 10_000)):
-        far = ((returns - curve["mean"]) / curve["std"]).dropna()
-        assert [*far.index] == [*range(10_000, until + 1, 5000)]
-        assert (far > 1).all()
-    assert causes[1].index.max() == 10_000
+    far = ((mean - curve["mean"]) / curve["std"]).dropna()
+    assert [*far.index] == [10_000, 15_000, 20_000]
+    assert (far > 1).all()
+    for name, until in (("epochs", 20_000), ("softlearning", 10_000)):
+        ratio = (curves(CHEETAH, f"mbpo_{name}")[1] / mbpo["return"][1]).loc[7500:]
+        assert ratio.dropna().index.max() == until
+        assert (ratio.dropna() > 0.9).all()
+    sampled = curves(CHEETAH, "mbpo", "train/episode_return")
+    for step in (10_000, 15_000):
+        eleven = sampled.loc[step - 5000 : step + 5000]
+        assert len(eleven) == 11
+        assert 0 < (eleven.mean().mean() - curve["mean"][step]) / curve["std"][step] < 1
     ahead = (published("HalfCheetah", "DHMBPO")["mean"] - mean).dropna() > 0
     assert ahead.to_dict() == {10_000: True, 15_000: True, 20_000: False}
+    assert (published("HalfCheetah", "MACURA")["mean"] < curve["mean"]).all()
     ((step, point),) = published("HalfCheetah", "SAC, 1 update per step")["mean"].items()
     sac = [f"sac_utd1{alpha}" for alpha in ("", "_alpha0.1", "_alpha0.01")]
     returns, entropy = ([curves(CHEETAH, x, tag) for x in sac] for tag in ("return", "sac/entropy"))
@@ -665,7 +678,7 @@ def test_cartpole_swingup():
         not in each seed.""",
         """With a random policy the variances of s' - s add up to a few times that of the reward on
         cartpole-swingup, and to one and a half million times on walker-run; with a trained policy
-        to less than that of the reward, and to tens of thousands of times""",
+        to less than it, and to tens of thousands of times it""",
         """after the first fit MBPO's error of it is about the ablation's and well below FTFL's,
         whose is the least at the end. FTFL's error in s' is about two to three times MBPO's from
         step 6,000 to 12,500 (the median of each seed's fits), and about the same at 20,000.""",
