@@ -288,6 +288,9 @@ def test_sac_follows_its_published_curve():
         of it at every step but 30,000, where two seeds are below and one within.""",
         """On quadruped-walk, to 30,000, its mean is below the published one from 10,000 on, and
         within one deviation of it at every step.""",
+        """So `sac.py` learns as it should. With one update (`sac_utd1`) it is above the published
+        SAC with one from 15,000 on; with that curve's settings (`sac_utd1_as_published`) its mean
+        is within a deviation of it, to 50,000, at every step but 15,000, where it is below.""",
     )
     curve = published(WALKER, "SAC, 8 updates per step")
     equal = curves(WALKER, "sac_utd10").dropna().mean(axis=1)
@@ -301,6 +304,14 @@ def test_sac_follows_its_published_curve():
     assert [*outside[outside].index] == [30_000]
     assert sorted(far.loc[30_000] < -1) == [False, True, True]
     assert far.loc[30_000].abs().min() < 1
+
+    curve = published(WALKER, "SAC, 1 update per step")
+    ours, same = (curves(WALKER, f"sac_utd1{name}").mean(axis=1) for name in ("", "_as_published"))
+    above, far = (((x - curve["mean"]) / curve["std"]).dropna() for x in (ours, same))
+    assert [*far.index] == [10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 50_000]
+    assert (above.loc[15_000:] > 1).all()
+    assert far.abs().drop(15_000).max() < 1
+    assert far[15_000] < -1
 
     curve = published(QUADRUPED, "SAC, 8 updates per step")
     ours = curves(QUADRUPED, "sac_utd8").mean(axis=1)
