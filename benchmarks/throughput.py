@@ -60,7 +60,7 @@ class Options:
 
 
 class Contender(subprocess.Popen):
-    """The process that a turn of `plan` is for, made ready; it ends when its stdin does."""
+    """The process that a turn of `plan` is for, making ready; it ends when its stdin does."""
 
     def __init__(self, turn: dict, pythons: dict[str, str]):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -68,7 +68,6 @@ class Contender(subprocess.Popen):
         command = [python, "-m", f"peers.{module}", json.dumps(turn)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         super().__init__(command, bufsize=0, cwd=ROOT / "benchmarks", **pipes)
-        self.ask(0)
 
     def ask(self, seconds: float) -> dict:
         """Version and rate, after a turn of so many seconds; if it has ended, why, as error."""
@@ -106,8 +105,9 @@ def measure(options: Options) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     records = []
     with ExitStack() as stack:
-        started = (Contender(turn, options.pythons) for turn in tqdm(turns, "getting ready"))
-        contenders = [stack.enter_context(contender) for contender in started]
+        contenders = [stack.enter_context(Contender(turn, options.pythons)) for turn in turns]
+        for contender in tqdm(contenders, "getting ready"):  # all at once
+            contender.ask(0)
         for number in range(1, options.rounds + 1):
             for turn, contender in zip(tqdm(turns, f"round {number}"), contenders, strict=True):
                 records.append({"round": number} | turn | contender.ask(options.seconds))
