@@ -325,7 +325,7 @@ def test_critics_on_quadruped_walk():
         "On quadruped-walk all diverge, but none with",
         """Q to hundreds to tens of thousands in `sac.py`, with a model to thousands or far more,
         positive or negative, whatever the model predicts. In two of FTFL's three seeds it is back
-        in the hundreds at the end; no other run with a model is.""",
+        within 100 from step 20,000 on, in none of the other ten.""",
         """With the settings of the published curve (`sac_utd8`) Q passes 100 as well, in one of
         three seeds to thousands, and is below it again at the end in two.""",
         """it returns no more than 250 until step 300,000, and 910 at 400,000, after its first
@@ -345,8 +345,9 @@ def test_critics_on_quadruped_walk():
         assert most[name].min() > 1000
     signs = [(q[name] > 0).iloc[-1] for name in FITTED[:3]]
     assert {sign for seeds in signs for sign in seeds} == {True, False}
-    back = pd.concat({name: last[name].between(100, 1000) for name in FITTED[:3]})
-    assert [name for name, _ in back[back].index] == [FTFL, FTFL]
+    ends = pd.concat({x: q[x].loc[20_000:].abs().max() for x in [*FITTED[:3], "sac_utd10"]})
+    assert [name for name, _ in ends[ends < MOST].index] == [FTFL, FTFL]
+    assert len(ends) == 12
     assert (most["sac_utd8"] > 1000).sum() == 1
     assert (last["sac_utd8"] < MOST).sum() == 2
     curve = published(QUADRUPED, "SAC, 8 updates per step")["mean"]
@@ -748,27 +749,20 @@ def test_ridge_in_training():
 
 def test_walker_run_to_30_000():
     says(
-        """The grid is being made anew on CPUs, to its end at 30,000
-        ([table](results/walker_run_30000/report.md), so far seed 1 of the three scripts with a
-        model and of `raw_direct`). There too standing is where they stay: at 25,000 each of the
-        four is within a twentieth of what it earns; at 30,000 FTFL and MBPO are so still,
-        `raw_direct` earns a sixth more and the ablation nearly twice as much.""",
+        """The grid is being made anew, to its end at 30,000
+        ([table](results/walker_run_30000/report.md), so far seeds 1 and 3 of the three scripts with
+        a model and of `raw_direct`). There too standing is where they stay: at 25,000 each of the
+        eight runs is within a tenth of what it earns; at 30,000 FTFL and MBPO are within a
+        twentieth, `raw_direct` earns a sixth to a quarter more, the ablation nearly twice as much
+        in one seed.""",
     )
-    returns = {}
-    for name in FITTED:
-        run = curves(WALKER, name, folder="walker_run_30000")
-        assert [*run] == [1]
-        assert {args["device"] for args, *_ in runs("walker_run_30000")[WALKER, name].values()} == {
-            "cpu"
-        }
-        returns[name] = run[1] / STANDING
-    assert all(0.95 < run[25_000] < 1.05 for run in returns.values())
-    ends = {name: run[30_000] for name, run in returns.items()}
-    assert 0.95 < min(ends[FTFL], ends["mbpo"]) <= max(ends[FTFL], ends["mbpo"]) < 1.05
-    assert 1.1 < ends["raw_direct"] < 1.2
-    assert 1.8 < ends[ABLATION] < 2
-    for step in (25_000, 30_000):
-        assert returns[FTFL][step] < returns["mbpo"][step]
+    returns = {x: curves(WALKER, x, folder="walker_run_30000") / STANDING for x in FITTED}
+    assert all([*run] == [1, 3] for run in returns.values())
+    assert all(run.loc[25_000].between(0.9, 1.1).all() for run in returns.values())
+    ends = pd.DataFrame({name: run.loc[30_000] for name, run in returns.items()})
+    assert ends[[FTFL, "mbpo"]].stack().between(0.95, 1.05).all()
+    assert ends.raw_direct.between(1.15, 1.27).all()
+    assert [*(ends[ABLATION] > 1.8)] == [True, False]
 
 
 def test_default_settings():
