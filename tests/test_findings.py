@@ -320,6 +320,26 @@ def test_sac_follows_its_published_curve():
     assert far.between(-1, 0).all()
 
 
+def test_speed_on_a_gpu():
+    says(
+        """Where `args.json` says cuda it was an H200 with 16 CPU cores. The runs of quadruped-walk
+        are single runs, begun eight at once: by step 24,000 each with a model had made 81 to 83
+        steps per second, and SAC more than 100.""",
+        """each of five processes at once (`sac_utd1`: ten) 43 to 47 steps of all three by then with
+        a model; so both ways a GPU makes some 650 to 700 steps per second in all.""",
+    )
+    speed = "train/steps_per_second"
+    for name in FITTED[:3]:
+        assert {*setting("device", QUADRUPED, name).values()} == {"cuda"}
+    alone = [curves(QUADRUPED, name, speed)[1][24_000] for name in FITTED[:3]]
+    assert 81 < min(alone) <= max(alone) < 83
+    assert curves(QUADRUPED, "sac_utd10", speed)[1][24_000] > 100
+    joint = [curves(WALKER, name, speed)[2][24_000] for name in FITTED]
+    assert 43 < min(joint) <= max(joint) < 47.5
+    assert 640 < 8 * np.mean(alone) < 700
+    assert 640 < 5 * 3 * np.mean(joint) < 700
+
+
 def test_critics_on_quadruped_walk():
     says(
         "On quadruped-walk all diverge, but none with",
