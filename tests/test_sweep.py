@@ -198,7 +198,7 @@ def test_the_grids_are_those_of_the_recorded_runs():
     grids = (ROOT / "benchmarks" / "grids").glob("*.toml")
     grids = [grid for grid in grids if "build/" not in grid.read_text()]  # of patched scripts
     runs = [run for grid in grids for run in sweep.read_grid(sweep.Options(grid))]
-    assert len(runs) == 15 + 18 + 12 + 9 + 22 + 24 + 12 + 6 + 6 + 1 + 4
+    assert len(runs) == 15 + 18 + 12 + 9 + 22 + 24 + 12 + 6 + 6 + 1 + 4 + 4
     free = {"resume", "checkpoint_frequency", "device", "compile"}
     for file in (ROOT / "benchmarks" / "results").glob("*__*__*/args.json"):
         held = json.loads(file.read_text())
