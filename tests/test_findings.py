@@ -770,19 +770,23 @@ def test_ridge_in_training():
 def test_walker_run_to_30_000():
     says(
         """The grid is being made anew, to its end at 30,000
-        ([table](results/walker_run_30000/report.md), so far seeds 1 and 3 of the three scripts with
-        a model and of `raw_direct`). There too standing is where they stay: at 25,000 each of the
-        eight runs is within a tenth of what it earns; at 30,000 FTFL and MBPO are within a
-        twentieth, `raw_direct` earns a sixth to a quarter more, the ablation nearly twice as much
-        in one seed.""",
+        ([table](results/walker_run_30000/report.md), of the ablation and of `raw_direct` so far
+        seeds 1 and 3). There too standing is where most stay: at 25,000 all runs but one are within
+        a tenth of what it earns; at 30,000 all three of MBPO and two of FTFL are, `raw_direct`
+        earns a sixth to a quarter more, the ablation in one seed nearly, FTFL in one more than
+        twice as much.""",
     )
     returns = {x: curves(WALKER, x, folder="walker_run_30000") / STANDING for x in FITTED}
-    assert all([*run] == [1, 3] for run in returns.values())
-    assert all(run.loc[25_000].between(0.9, 1.1).all() for run in returns.values())
+    assert all([*returns[x]] == [1, 2, 3] for x in FITTED[:2])
+    assert all([*returns[x]] == [1, 3] for x in FITTED[2:])
+    near = [pd.concat(run.loc[x] for run in returns.values()) for x in (25_000, 30_000)]
+    assert (~near[0].between(0.9, 1.1)).sum() == 1
     ends = pd.DataFrame({name: run.loc[30_000] for name, run in returns.items()})
-    assert ends[[FTFL, "mbpo"]].stack().between(0.95, 1.05).all()
-    assert ends.raw_direct.between(1.15, 1.27).all()
-    assert [*(ends[ABLATION] > 1.8)] == [True, False]
+    assert ends["mbpo"].between(0.9, 1.1).all()
+    assert [*ends[FTFL].between(0.9, 1.1)] == [True, False, True]
+    assert ends[FTFL][2] > 2
+    assert ends.raw_direct.dropna().between(1.15, 1.27).all()
+    assert [*(ends[ABLATION].dropna() > 1.8)] == [True, False]
 
 
 def test_default_settings():
