@@ -4,6 +4,7 @@ A test begins with the sentences that it checks, so that neither they nor the fi
 "About", "near", "level with" are read as within a fifth, "well below", "far below" as at most half.
 """
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -19,6 +20,7 @@ FITTED = ["mbpo", FTFL, ABLATION, "raw_direct"]  # runs with a model that share 
 FITS2000 = ["mbpo_fits2000", f"{FTFL}_fits2000", f"{ABLATION}_fits2000"]
 BIAS, REWARD, SPREAD, CHANGE = report.TRAINING  # tags
 UPDATES = "model/updates"
+EARLIER = "walker_run_25000"
 SAC = ["sac_utd1", "sac_utd10", "sac_utd8"]
 STANDING = 1000 / 6  # return of an episode of standing still on walker-run
 MOST = 100  # a discounted return of rewards of at most 1, gamma = 0.99
@@ -64,6 +66,12 @@ def means(step: int, task: str, experiments: list[str], tag: str = "return") -> 
     return pd.Series({name: at(step, task, name, tag).mean() for name in experiments})
 
 
+def both(experiment: str, tag: str = "return") -> pd.DataFrame:
+    """A cell's runs on walker-run, those in the tables and the earlier three: (set, seed)."""
+    sets = {folder: curves(WALKER, experiment, tag, folder) for folder in (".", EARLIER)}
+    return pd.concat(sets, axis=1)
+
+
 def setting(name: str, task: str, experiment: str) -> dict:
     """What a setting was, by seed."""
     return {seed: args[name] for seed, (args, *_) in runs()[task, experiment].items()}
@@ -77,41 +85,60 @@ def published(task: str, algorithm: str) -> pd.DataFrame:
 
 def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
     says(
-        """At 25,000 on walker-run every run with a model is above every SAC run with its settings,
-        but not every `sac_utd8`""",
-        "At 25,000 two seeds of `sac_utd8` are ahead of some runs with a model",
+        """At their end on walker-run every run with a model is above every SAC run with its
+        settings, but not every `sac_utd8`""",
+        "At 30,000 one seed of `sac_utd8` is ahead of most runs with a model",
     )
-    sac = pd.concat([at(25_000, WALKER, name) for name in ("sac_utd1", "sac_utd10")])
-    model = pd.concat([at(25_000, WALKER, name) for name in FITTED + FITS2000])
+    sac = pd.concat([at(30_000, WALKER, name) for name in ("sac_utd1", "sac_utd10")])
+    model = pd.concat([at(30_000, WALKER, name) for name in FITTED])
     assert len(sac) == 6
+    assert len(model) == 12
     assert model.min() > sac.max()
-    assert (at(25_000, WALKER, "sac_utd8") > model.min()).sum() == 2
+    ahead = [(model < one).mean() for one in at(30_000, WALKER, "sac_utd8")]
+    assert sorted(share > 0.5 for share in ahead) == [False, False, True]
 
 
-def test_ftfl_is_not_ahead_of_mbpo():
+def test_ftfl_and_mbpo_on_walker_run():
     says(
-        "Our 15,000 to 25,000 steps (papers: 500,000) neither confirm nor refute FTFL's lead.",
-        """FTFL with 500-step refits is above MBPO in no seed. Most only match standing still; who
-        runs may be luck.""",
-        "By step 25,000 most runs with a model are near that.",
-        """Two seeds of the ablation, one of `raw_direct`, and with `_fits2000` one of FTFL and
-        MBPO's are more than a third above it, and lift the means of those with several seeds.""",
+        "Our 30,000 steps (papers: 500,000) neither confirm nor refute FTFL's lead.",
+        """FTFL is far above MBPO in one seed and level with it in two. Most only match standing
+        still; who runs may be luck.""",
+        """By step 25,000 most runs with a model are near that. More than a third above it are by
+        then two of the ablation's six runs, one of `raw_direct`'s, and with `_fits2000` one of FTFL
+        and MBPO's; at 30,000 one of FTFL's three and one of the ablation's; of MBPO's with 500
+        steps none.""",
+        """Seed by seed FTFL is above MBPO in one of six pairs at 25,000, and in that one alone at
+        30,000, by more than 150; the other two are level.""",
+        """the two runs of a seed differ about as much as runs of two seeds do, so runs of one seed
+        on two kinds of hardware are not a pair.""",
     )
-    returns = {name: at(25_000, WALKER, name) for name in FITTED + FITS2000}
-    assert (returns[FTFL] < returns["mbpo"]).all()
-    every = pd.concat(returns)
+    sets = {name: both(name) for name in FITTED}
+    assert {run.shape[1] for run in sets.values()} == {6}
+    ends = {name: run.loc[30_000, "."] for name, run in sets.items()}
+    longer = {name: curves(WALKER, name).loc[25_000] for name in FITS2000}
+    every = pd.concat({name: run.loc[25_000] for name, run in sets.items()} | longer)
     assert every.between(0.8 * STANDING, 1.2 * STANDING).mean() > 0.5
-    beyond = every[every > 4 / 3 * STANDING].groupby(level=0)
-    assert beyond.size().to_dict() == {
+    every, last = (x[x > 4 / 3 * STANDING].groupby(level=0) for x in (every, pd.concat(ends)))
+    assert every.size().to_dict() == {
         ABLATION: 2,
         "raw_direct": 1,
         f"{FTFL}_fits2000": 1,
         "mbpo_fits2000": 1,
     }
-    others = every[every <= 4 / 3 * STANDING].groupby(level=0).mean()
-    for name in (ABLATION, "raw_direct", FITS2000[1]):
-        assert len(returns[name]) > 1
-        assert returns[name].mean() > others[name]
+    assert last.size().to_dict() == {FTFL: 1, ABLATION: 1}
+    pairs = sets[FTFL] - sets["mbpo"]
+    assert (pairs.loc[25_000] > 0).sum() == 1
+    assert pairs.loc[25_000].idxmax() == (".", 2)
+    assert pairs.loc[30_000, (".", 2)] > 150
+    level = (ends[FTFL] / ends["mbpo"]).drop(2)
+    assert level.between(0.8, 1.2).all()
+    again, seeds = [], []
+    for run in sets.values():
+        one, other = run["."], run[EARLIER]
+        again.append((one - other).loc[15_000:25_000].abs())
+        for a, b in ((1, 2), (1, 3), (2, 3)):
+            seeds += [(x[a] - x[b]).loc[15_000:25_000].abs() for x in (one, other)]
+    assert 0.7 < np.mean(again) / np.mean(seeds) < 1.2
     folders = ".", "first_curves", "early_stopping", "quadruped_causes"
     every = [run for folder in folders for seeds in runs(folder).values() for run in seeds.values()]
     assert 30_000 < max(run[1].step.max() for run in every) < 500_000
@@ -121,57 +148,61 @@ def test_first_fits_of_the_reward_on_walker_run():
     says(
         """On walker-run, with rewards small beside s' - s, MBPO's first fit has three times the
         ablation's reward error, nine times FTFL's; on cartpole-swingup FTFL's is the largest.""",
-        """on walker-run, the error of the reward after the first fit is largest for `mbpo`, then
-        `raw_direct`, then the ablation, and least for FTFL""",
-        """From step 11,250 on these errors differ by less than a factor of two (at step 15,000 the
-        ablation's is the largest); at 25,000 raw targets have the larger mean error and predicted
-        spread, by about half.""",
+        """so of each cell there are six runs until then. In every one the error of the reward after
+        the first fit is largest for `mbpo`, then `raw_direct`, then the ablation, and least for
+        FTFL""",
+        """From step 11,250 on the means of these errors differ by less than a factor of two (at
+        step 15,000 the ablation's is the largest). From 20,000 to 25,000 those with raw targets are
+        within a tenth of the others on average, but the spread that they predict is larger by about
+        a quarter.""",
     )
-    first, later = (means(step, WALKER, FITTED, REWARD) for step in (5000, 15_000))
-    assert [*first.sort_values(ascending=False).index] == ["mbpo", "raw_direct", ABLATION, FTFL]
-    assert round(first["mbpo"] / first[ABLATION]) == 3
-    assert round(first["mbpo"] / first[FTFL]) == 9
-    every = pd.DataFrame({name: curves(WALKER, name, REWARD).mean(axis=1) for name in FITTED})
-    apart = (every.max(axis=1) / every.min(axis=1))[every.notna().all(axis=1)]
+    first = pd.DataFrame({name: both(name, REWARD).loc[5000] for name in FITTED})
+    assert len(first.dropna()) == 6
+    order = ["mbpo", "raw_direct", ABLATION, FTFL]
+    for worse, better in itertools.pairwise(order):
+        assert first[worse].min() > first[better].max()
+    assert round(first["mbpo"].mean() / first[ABLATION].mean()) == 3
+    assert round(first["mbpo"].mean() / first[FTFL].mean()) == 9
+    every = pd.DataFrame({name: both(name, REWARD).mean(axis=1) for name in FITTED})
+    apart = every.max(axis=1) / every.min(axis=1)
     assert (apart.loc[11_250:] < 2).all()
     assert apart.loc[11_000] >= 2
     cartpole = means(5000, CARTPOLE, FITTED[:3], REWARD)
     assert cartpole.idxmax() == FTFL
-    assert later.idxmax() == ABLATION
-    raw, scaled = ["mbpo", "raw_direct"], [FTFL, ABLATION]
-    for tag in (REWARD, SPREAD):
-        values = means(25_000, WALKER, FITTED, tag)
-        assert values[raw].min() > values[scaled].max()
-        assert 1.3 < values[raw].mean() / values[scaled].mean() < 1.8
+    assert every.loc[15_000].idxmax() == ABLATION
+    for tag, low, high in ((REWARD, 0.9, 1.1), (SPREAD, 1.2, 1.35)):
+        late = {name: both(name, tag).loc[20_000:25_000].stack([0, 1]).mean() for name in FITTED}
+        raw, scaled = ((late[x] + late[y]) / 2 for x, y in (("mbpo", "raw_direct"), FITTED[1:3]))
+        assert low < raw / scaled < high
 
 
 def test_fits_that_stop_early():
     says(
-        "Runs whose fits stop early return less;",
+        "Runs whose fits stop early return less on average;",
         """keep some thousands of gradient steps at first; later most keep fewer than a hundred, a
-        few some thousands. The return at step 15,000 is lower than without, for `mbpo.py` as for
-        `mbpo_ftfl.py` (on other hardware).""",
+        few some thousands. The mean return at step 15,000 is lower than that of the six runs
+        without, for `mbpo.py` as for `mbpo_ftfl.py`, though their ranges overlap.""",
         """with raw targets its predicted spread begins at a third of the reward's deviation or
         more, and its error at several times FTFL's. The error in s' is at first larger with FTFL.
         At the end the two scripts' errors and returns are about the same.""",
     )
-    both = "mbpo_patience5", f"{FTFL}_patience5"
-    for name, other in zip(both, ("mbpo", FTFL), strict=True):
+    stopped = "mbpo_patience5", f"{FTFL}_patience5"
+    for name, other in zip(stopped, ("mbpo", FTFL), strict=True):
         updates = curves(WALKER, name, UPDATES)
         assert updates.iloc[0].between(2000, 5000).all()
         later = updates.iloc[1:].stack()
         assert (later < 100).mean() > 0.5
         assert 0 < (later > 1000).sum() < 10
-        assert means(15_000, WALKER, [name])[name] < means(15_000, WALKER, [other])[other]
-        assert {*setting("device", WALKER, name).values()} == {"cpu"}
-        assert {*setting("device", WALKER, other).values()} == {"cuda"}
-    raw, ftfl = ({tag: curves(WALKER, name, tag) for tag in report.TRAINING} for name in both)
+        early, six = at(15_000, WALKER, name), both(other).loc[15_000]
+        assert early.mean() < six.mean()
+        assert early.max() > six.min()
+    raw, ftfl = ({tag: curves(WALKER, name, tag) for tag in report.TRAINING} for name in stopped)
     assert raw[SPREAD].iloc[0].min() > 1 / 3
     assert raw[REWARD].iloc[0].min() > 3 * ftfl[REWARD].iloc[0].max()
     assert ftfl[CHANGE].iloc[0].min() > raw[CHANGE].iloc[0].max()
     for tag in (REWARD, CHANGE):
         assert 0.8 < raw[tag].loc[15_000].mean() / ftfl[tag].loc[15_000].mean() < 1.2
-    one, other = (means(15_000, WALKER, [name])[name] for name in both)
+    one, other = (means(15_000, WALKER, [name])[name] for name in stopped)
     assert 0.8 < one / other < 1.2
 
 
@@ -185,7 +216,7 @@ def test_older_runs_of_ftfl():
         FTFL does, and none has a bias""",
         """its error in s' is about half of that of each seed with 500 steps at step 10,000 (on a
         holdout of which earlier fits have seen most), its error of the reward below theirs, its
-        return not above (one seed).""",
+        return among theirs (one seed).""",
     )
     old = "early_stopping"
     returns = {name: curves(WALKER, name, folder=old) for _, name in runs(old)}
@@ -203,20 +234,22 @@ def test_older_runs_of_ftfl():
     assert five.min() > 2 * returns[FTFL].loc[15_000].max()
     assert pd.concat([at(15_000, WALKER, name, BIAS) for name in today]).abs().max() < 2
     assert round(curves(WALKER, f"{FTFL}_first500", CHANGE).iloc[0].item()) == 14
-    for tag, low, high in ((CHANGE, 0.4, 0.6), (REWARD, 0, 1), ("return", 0, 1)):
-        ratio = at(10_000, WALKER, f"{FTFL}_long_fits", tag).item() / at(10_000, WALKER, FTFL, tag)
-        assert len(ratio) == 3
-        assert ratio.between(low, high).all()
+    for tag, low, high in ((CHANGE, 0.4, 0.6), (REWARD, 0, 1)):
+        one, six = at(10_000, WALKER, f"{FTFL}_long_fits", tag).item(), both(FTFL, tag).loc[10_000]
+        assert len(six) == 6
+        assert (one / six).between(low, high).all()
+    six = both(FTFL).loc[10_000]
+    assert six.min() < at(10_000, WALKER, f"{FTFL}_long_fits").item() < six.max()
 
 
 def test_more_updates_per_fit():
     says(
-        "lower the error in s' for all three scripts; two of the four lead.",
-        """In fits of 500 steps FTFL's error in s' (`model/change_error_mean`, the mean over seeds)
-        stays above MBPO's at nearly all fits, and at most fits is the largest of the three
-        scripts'.""",
+        "lower the error in s' for all three scripts; two of four lead at 25,000.",
+        """In fits of 500 steps FTFL's error in s' (`model/change_error_mean`, the mean of six runs
+        until 25,000) is above MBPO's at nearly all fits, on average by less than a tenth, and the
+        ablation's is at most fits the largest of the three scripts'.""",
         """it is lower at steps 15,000 and 25,000, by about a quarter for MBPO and by more than a
-        third for FTFL and the ablation, so FTFL no longer has the largest after the first fit""",
+        third for FTFL and the ablation, and from 15,000 on FTFL's is below MBPO's""",
         """Of the reward FTFL has less than half of MBPO's error up to step 15,000 (but for one
         fit), on average four fifths from 20,000 on.""",
         """at 10,000 each of the four runs is below its script's mean with 500 steps, at 15,000 each
@@ -224,18 +257,18 @@ def test_more_updates_per_fit():
         walker-run, FTFL's seed 2 and the ablation about what standing earns.""",
         "the one pair of seeds, in which FTFL is ahead, decides nothing.",
         """with four times as many, runs had about a third to a half of the speed of the
-        ablation's seed 3""",
+        ablation's seed 3 of `walker_run_25000/`, on a CPU as well""",
     )
     seeds = {name: [*runs()[WALKER, name]] for name in FITS2000}
     assert seeds == dict(zip(FITS2000, ([1], [1, 2], [1]), strict=True))
     like = dict(zip(FITS2000, FITTED[:3], strict=True))
-    of_500, of_2000 = (
-        pd.DataFrame({x: curves(WALKER, x, CHANGE).mean(axis=1) for x in names}).dropna()
-        for names in (FITTED[:3], FITS2000)
-    )
-    assert (of_500[FTFL] > of_500["mbpo"]).mean() > 0.95
-    assert (of_500.idxmax(axis=1) == FTFL).mean() > 0.5
-    assert (of_2000.iloc[1:].idxmax(axis=1) != FITS2000[1]).all()
+    of_500 = pd.DataFrame({x: both(x, CHANGE).mean(axis=1) for x in FITTED[:3]}).loc[:25_000]
+    of_2000 = pd.DataFrame({x: curves(WALKER, x, CHANGE).mean(axis=1) for x in FITS2000}).dropna()
+    share = of_500[FTFL] / of_500["mbpo"]
+    assert (share > 1).mean() > 0.9
+    assert 1 < share.mean() < 1.1
+    assert (of_500.idxmax(axis=1) == ABLATION).mean() > 0.5
+    assert (of_2000[FITS2000[1]] < of_2000[FITS2000[0]]).loc[15_000:].all()
     for step in (15_000, 25_000):
         less = {name: 1 - of_2000[name][step] / of_500[like[name]][step] for name in FITS2000}
         assert 0.2 < less["mbpo_fits2000"] < 0.3
@@ -245,31 +278,34 @@ def test_more_updates_per_fit():
     assert (share.loc[:15_000] > 0.5).sum() == 1
     assert 0.75 < share.loc[20_000:].mean() < 0.85
     for step, expected in ((10_000, set()), (15_000, {(FITS2000[1], 1)})):
-        ahead = {
-            name: at(step, WALKER, name) - at(step, WALKER, like[name]).mean() for name in like
-        }
+        ahead = {name: at(step, WALKER, name) - both(like[name]).loc[step].mean() for name in like}
         ahead = pd.concat(ahead)
         assert {*ahead[ahead > 0].index} == expected
-    every = pd.concat({name: at(25_000, WALKER, name) for name in FITTED + FITS2000 + SAC})
+    every = {name: at(25_000, WALKER, name) for name in FITS2000 + SAC}
+    every |= {x: run.droplevel(1) for x in FITTED for run in [both(x).loc[25_000]]}
+    every = pd.concat(every)
     assert [*every.nlargest(2).index] == [(FITS2000[1], 1), ("mbpo_fits2000", 1)]
     for one in ((FITS2000[1], 2), (FITS2000[2], 1)):
         assert 0.8 < every[one] / STANDING < 1.2
     speed = "train/steps_per_second"
     slow = pd.concat([curves(WALKER, name, speed).median() for name in FITS2000])
-    share = slow / curves(WALKER, ABLATION, speed)[3].median()
+    share = slow / curves(WALKER, ABLATION, speed, EARLIER)[3].median()
+    one = runs(EARLIER)[WALKER, ABLATION][3][0]
+    assert {one["device"], *setting("device", WALKER, FITS2000[1]).values()} == {"cpu"}
     assert 0.3 < share.min() < 0.36
     assert 0.45 < share.max() < 0.55
 
 
 def test_what_runs_were_made_on():
     says(
-        """All others, and the ablation's seed 3 of walker-run, were made on CPUs (hopper-stand's
-        names no device); `_alpha1`, `_first500`, `_long_fits`, `_patience5` and `_layernorm` have 5
-        episodes to an evaluation, all else 10.""",
+        """They were made on a GPU, but for seeds 1 and 2 of walker-run's with a model. All others
+        were made on CPUs (hopper-stand's names no device); `_alpha1`, `_first500`, `_long_fits`,
+        `_patience5` and `_layernorm` have 5 episodes to an evaluation, all else 10.""",
     )
     on_gpu = {(WALKER, name) for name in [*FITTED, *SAC[:2]]}
     on_gpu |= {(QUADRUPED, name) for name in [*FITTED[:3], SAC[1]]}
-    exceptions = {(WALKER, ABLATION, 3): "cpu", ("dmc/hopper-stand", "sac", 1): "auto"}
+    exceptions = {(WALKER, name, seed): "cpu" for name in FITTED for seed in (1, 2)}
+    exceptions["dmc/hopper-stand", "sac", 1] = "auto"
     five = "_alpha1", "_first500", "_long_fits", "_patience5", "_layernorm"
     for (task, name), seeds in runs().items():
         for seed, (args, *_) in seeds.items():
@@ -323,19 +359,20 @@ def test_sac_follows_its_published_curve():
 def test_speed_on_a_gpu():
     says(
         """Where `args.json` says cuda it was an H200 with 16 CPU cores. The runs of quadruped-walk
-        are single runs, begun eight at once: by step 24,000 each with a model had made 81 to 83
-        steps per second, and SAC more than 100.""",
-        """each of five processes at once (`sac_utd1`: ten) 43 to 47 steps of all three by then with
-        a model; so both ways a GPU makes some 650 to 700 steps per second in all.""",
+        and seed 3 of walker-run's with a model are single runs, begun eight at once: by step 24,000
+        each of the first eight with a model had made 81 to 84 steps per second, and SAC more than
+        100.""",
+        """with a model each of five processes at once had made 43 to 48 steps of all three by then.
+        So both ways a GPU makes some 650 to 700 steps per second in all.""",
     )
     speed = "train/steps_per_second"
-    for name in FITTED[:3]:
-        assert {*setting("device", QUADRUPED, name).values()} == {"cuda"}
-    alone = [curves(QUADRUPED, name, speed)[1][24_000] for name in FITTED[:3]]
-    assert 81 < min(alone) <= max(alone) < 83
+    cells = [(QUADRUPED, name, 1) for name in FITTED[:3]] + [(WALKER, name, 3) for name in FITTED]
+    alone = [curves(task, name, speed)[seed][24_000] for task, name, seed in cells]
+    assert {runs()[task, name][seed][0]["device"] for task, name, seed in cells} == {"cuda"}
+    assert 81 < min(alone) <= max(alone) < 84
     assert curves(QUADRUPED, "sac_utd10", speed)[1][24_000] > 100
-    joint = [curves(WALKER, name, speed)[2][24_000] for name in FITTED]
-    assert 43 < min(joint) <= max(joint) < 47.5
+    joint = [curves(WALKER, name, speed, EARLIER)[2][24_000] for name in FITTED]
+    assert 43 < min(joint) <= max(joint) < 48
     assert 640 < 8 * np.mean(alone) < 700
     assert 640 < 5 * 3 * np.mean(joint) < 700
 
@@ -757,36 +794,13 @@ def test_cartpole_swingup():
 def test_ridge_in_training():
     says(
         """In training there is one run of it (`mbpo_ftfl_ridge`, walker-run, seed 1): at step
-        20,000 its error in s' is a little below that of each of FTFL's seeds, its return among
-        theirs.""",
+        20,000 its error in s' is below that of five of FTFL's six runs, its return among theirs.
+        """,
     )
-    for tag, low, high in ((CHANGE, 0.8, 1), ("return", 0.8, 1.7)):
-        (one,), seeds = at(20_000, WALKER, f"{FTFL}_ridge", tag), at(20_000, WALKER, FTFL, tag)
-        assert len(seeds) == 3
-        assert (one / seeds).between(low, high).all()
-    assert seeds.min() < one < seeds.max()
-
-
-def test_walker_run_to_30_000():
-    says(
-        """The grid is being made anew, to its end at 30,000
-        ([table](results/walker_run_30000/report.md), of the ablation and of `raw_direct` so far
-        seeds 1 and 3). There too standing is where most stay: at 25,000 all runs but one are within
-        a tenth of what it earns; at 30,000 all three of MBPO and two of FTFL are, `raw_direct`
-        earns a sixth to a quarter more, the ablation in one seed nearly, FTFL in one more than
-        twice as much.""",
-    )
-    returns = {x: curves(WALKER, x, folder="walker_run_30000") / STANDING for x in FITTED}
-    assert all([*returns[x]] == [1, 2, 3] for x in FITTED[:2])
-    assert all([*returns[x]] == [1, 3] for x in FITTED[2:])
-    near = [pd.concat(run.loc[x] for run in returns.values()) for x in (25_000, 30_000)]
-    assert (~near[0].between(0.9, 1.1)).sum() == 1
-    ends = pd.DataFrame({name: run.loc[30_000] for name, run in returns.items()})
-    assert ends["mbpo"].between(0.9, 1.1).all()
-    assert [*ends[FTFL].between(0.9, 1.1)] == [True, False, True]
-    assert ends[FTFL][2] > 2
-    assert ends.raw_direct.dropna().between(1.15, 1.27).all()
-    assert [*(ends[ABLATION].dropna() > 1.8)] == [True, False]
+    error, score = (at(20_000, WALKER, f"{FTFL}_ridge", tag).item() for tag in (CHANGE, "return"))
+    assert (error < both(FTFL, CHANGE).loc[20_000]).sum() == 5
+    six = both(FTFL).loc[20_000]
+    assert six.min() < score < six.max()
 
 
 def test_default_settings():
