@@ -4,7 +4,6 @@ A test begins with the sentences that it checks, so that neither they nor the fi
 "About", "near", "level with" are read as within a fifth, "well below", "far below" as at most half.
 """
 
-import itertools
 from functools import cache
 
 import numpy as np
@@ -116,7 +115,8 @@ def test_ftfl_and_mbpo_on_walker_run():
     assert {run.shape[1] for run in sets.values()} == {6}
     ends = {name: run.loc[30_000, "."] for name, run in sets.items()}
     longer = {name: curves(WALKER, name).loc[25_000] for name in FITS2000}
-    every = pd.concat({name: run.loc[25_000] for name, run in sets.items()} | longer)
+    every = {name: run.loc[25_000].droplevel(1) for name, run in sets.items()}
+    every = pd.concat(every | longer)
     assert every.between(0.8 * STANDING, 1.2 * STANDING).mean() > 0.5
     every, last = (x[x > 4 / 3 * STANDING].groupby(level=0) for x in (every, pd.concat(ends)))
     assert every.size().to_dict() == {
@@ -148,19 +148,20 @@ def test_first_fits_of_the_reward_on_walker_run():
     says(
         """On walker-run, with rewards small beside s' - s, MBPO's first fit has three times the
         ablation's reward error, nine times FTFL's; on cartpole-swingup FTFL's is the largest.""",
-        """so of each cell there are six runs until then. In every one the error of the reward after
-        the first fit is largest for `mbpo`, then `raw_direct`, then the ablation, and least for
-        FTFL""",
+        """so of each cell there are six runs until then. After the first fit the error of the
+        reward is largest in the six of `mbpo` and least in the six of FTFL; between them those of
+        `raw_direct` are, on average, above the ablation's.""",
         """From step 11,250 on the means of these errors differ by less than a factor of two (at
         step 15,000 the ablation's is the largest). From 20,000 to 25,000 those with raw targets are
-        within a tenth of the others on average, but the spread that they predict is larger by about
-        a quarter.""",
+        on average level with the others, but the spread that they predict is larger by about a
+        quarter.""",
     )
     first = pd.DataFrame({name: both(name, REWARD).loc[5000] for name in FITTED})
     assert len(first.dropna()) == 6
-    order = ["mbpo", "raw_direct", ABLATION, FTFL]
-    for worse, better in itertools.pairwise(order):
-        assert first[worse].min() > first[better].max()
+    between = first[["raw_direct", ABLATION]]
+    assert first["mbpo"].min() > between.max(axis=None)
+    assert first[FTFL].max() < between.min(axis=None)
+    assert between["raw_direct"].mean() > between[ABLATION].mean()
     assert round(first["mbpo"].mean() / first[ABLATION].mean()) == 3
     assert round(first["mbpo"].mean() / first[FTFL].mean()) == 9
     every = pd.DataFrame({name: both(name, REWARD).mean(axis=1) for name in FITTED})
@@ -170,7 +171,7 @@ def test_first_fits_of_the_reward_on_walker_run():
     cartpole = means(5000, CARTPOLE, FITTED[:3], REWARD)
     assert cartpole.idxmax() == FTFL
     assert every.loc[15_000].idxmax() == ABLATION
-    for tag, low, high in ((REWARD, 0.9, 1.1), (SPREAD, 1.2, 1.35)):
+    for tag, low, high in ((REWARD, 0.8, 1.2), (SPREAD, 1.2, 1.35)):
         late = {name: both(name, tag).loc[20_000:25_000].stack([0, 1]).mean() for name in FITTED}
         raw, scaled = ((late[x] + late[y]) / 2 for x, y in (("mbpo", "raw_direct"), FITTED[1:3]))
         assert low < raw / scaled < high
