@@ -40,7 +40,8 @@ OTHER_CODE = "\n\n† Some of these runs were made by other code than that of to
 PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
 FIRST = "dmc/walker-run", "dmc/quadruped-walk"  # tasks on the README's first screen
 COLOURS = {"mbpo_residual": "tab:green", "mbpo_ftfl": "tab:red", "mbpo": "tab:blue"}  # by title
-COLOURS |= {"raw": "tab:purple", "sac_utd1,": "tab:gray", "sac": "tab:orange", "": "tab:brown"}
+COLOURS |= {"raw": "tab:purple", "sac_utd1,": "tab:gray", "sac_": "tab:orange", "": "tab:brown"}
+DASHES = "", (6, 2), (3, 2), (1, 1), (6, 2, 1, 2), (6, 2, 1, 2, 1, 2)  # of runs of one colour
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/reward_error": ("reward error / variance", "log"),
@@ -263,10 +264,10 @@ def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
     """Per run the mean of its seeds, and a band, the 95 % bootstrap interval of that mean."""
     lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "palette": {}, "dashes": {}}
     lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0, "err_kws": {"alpha": 0.12}}
-    for run in rows.run.value_counts().index:  # of one colour that with the most data is solid
+    for run in sorted({*rows.run}, key=lambda run: (len(run), run)):  # the first is solid
         colour = next(COLOURS[name] for name in COLOURS if run.startswith(name))
         like = [*lines["palette"].values()].count(colour)
-        lines["palette"][run], lines["dashes"][run] = colour, (6 // like, 2) if like else ""
+        lines["palette"][run], lines["dashes"][run] = colour, DASHES[min(like, len(DASHES) - 1)]
     return sns.relplot(rows, **lines, facet_kws={"sharex": False, "sharey": False}, **layout)
 
 

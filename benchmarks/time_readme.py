@@ -47,7 +47,7 @@ def main() -> None:
     returns = [float(x) for x in re.findall(r"return +(\S+)", output)]
     said = f"""On {os.cpu_count()} CPU cores: The first command installs in {installed}, prints a
 return of {untrained:.0f} for the untrained policy, and reaches step 10,000, after the first fit, in
-{ran}; all 500,000 steps are a job for a GPU, or for a day or more. The second runs
+{ran}; all 500,000 steps are a job for a GPU, or for about a day. The second runs
 {passed} tests in {tested}; in them each script must learn a real task. In the third, of {learned},
 the return rises from {returns[0]:.0f} to {max(returns):.0f}; 1,000 is a pole that never falls."""
     (RESULTS / "readme_commands.md").write_text(textwrap.fill(said, 118) + "\n")

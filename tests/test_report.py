@@ -278,7 +278,7 @@ def test_figures_leave_out_single_seeds_beside_several(tmp_path):
 
 
 def test_variants_have_the_colour_of_their_script(tmp_path):
-    """What has more seeds is solid and the variant is not."""
+    """What has the shortest name is solid and the variant is not."""
     names = ["mbpo_early", "mbpo", "mbpo_ftfl", "mbpo_ftfl_late", "sac_utd10", "other"]
     for name in names:
         write_run(tmp_path, name)
