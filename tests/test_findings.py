@@ -88,6 +88,8 @@ def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
         settings, but not above every run of `sac_utd8`""",
         "on quadruped-walk none comes near it.",
         "At 30,000 one seed of `sac_utd8` is ahead of most runs with a model",
+        """25,000 steps after its own random ones, at 35,000, its mean is above that of each script
+        with a model after as many.""",
     )
     sac = pd.concat([at(30_000, WALKER, name) for name in ("sac_utd1", "sac_utd10")])
     model = pd.concat([at(30_000, WALKER, name) for name in FITTED])
@@ -96,6 +98,7 @@ def test_runs_with_a_model_are_ahead_of_sac_with_the_same_settings():
     assert model.min() > sac.max()
     ahead = [(model < one).mean() for one in at(30_000, WALKER, "sac_utd8")]
     assert sorted(share > 0.5 for share in ahead) == [False, False, True]
+    assert at(35_000, WALKER, "sac_utd8").mean() > means(30_000, WALKER, FITTED).max()
     names = [*FITTED[:3], "sac_utd10", "sac_utd8"]
     assert max(at(30_000, QUADRUPED, name).max() for name in names) < 500 / 2
 
@@ -262,8 +265,8 @@ def test_more_updates_per_fit():
         """In fits of 500 steps FTFL's error in s' (`model/change_error_mean`, the mean of six runs
         until 25,000) is above MBPO's at nearly all fits, on average by less than a tenth, and the
         ablation's is at most fits the largest of the three scripts'.""",
-        """it is lower at steps 15,000 and 25,000, by about a quarter for MBPO and by more than a
-        third for FTFL and the ablation, and from 15,000 on FTFL's is below MBPO's""",
+        """it is lower at steps 15,000 and 25,000, by about a quarter for MBPO and by about a
+        third or more for FTFL and the ablation, and from 15,000 on FTFL's is below MBPO's""",
         """Of the reward FTFL has less than half of MBPO's error up to step 15,000 (but for one
         fit), on average four fifths from 20,000 on.""",
         """at 10,000 each of the four runs is below its script's mean with 500 steps, at 15,000 each
@@ -286,7 +289,7 @@ def test_more_updates_per_fit():
     for step in (15_000, 25_000):
         less = {name: 1 - of_2000[name][step] / of_500[like[name]][step] for name in FITS2000}
         assert 0.2 < less["mbpo_fits2000"] < 0.3
-        assert min(less[name] for name in FITS2000[1:]) > 1 / 3
+        assert min(less[name] for name in FITS2000[1:]) > 0.3
     mbpo, ftfl = (curves(WALKER, name, REWARD).mean(axis=1) for name in FITS2000[:2])
     share = ftfl / mbpo
     assert (share.loc[:15_000] > 0.5).sum() == 1
