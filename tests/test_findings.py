@@ -316,8 +316,9 @@ def test_more_updates_per_fit():
 def test_what_runs_were_made_on():
     says(
         """They were made on a GPU, but for seeds 1 and 2 of walker-run's with 10 updates. All
-        others were made on CPUs (hopper-stand's names no device); `_alpha1`, `_first500`, `_long_fits`,
-        `_patience5` and `_layernorm` have 5 episodes to an evaluation, all else 10.""",
+        others were made on CPUs (hopper-stand's names no device); `_alpha1`, `_first500`,
+        `_long_fits`, `_patience5` and `_layernorm` have 5 episodes to an evaluation, all else
+        10.""",
     )
     on_gpu = {(WALKER, name) for name in [*FITTED, *SAC[:2]]}
     on_gpu |= {(QUADRUPED, name) for name in [*FITTED[:3], SAC[1]]}
