@@ -52,7 +52,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.tensorboard import SummaryWriter
 
 VERSION = 1  # goes up when, and only when, the same settings learn otherwise than before
-BIAS_EPISODES = 2  # of an evaluation, in which the critics' bias is measured
 
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -445,8 +444,13 @@ def critic_bias(agent: dict, episode: Batch, log_prob: Tensor, gamma: float) -> 
     return float(bias) / len(q)
 
 
+def evaluation_episodes(args: Args) -> tuple[int, int]:
+    """How many are by mean actions, and how many by sampled ones, where the bias is measured."""
+    return args.eval_episodes, max(1, args.eval_episodes // 5)
+
+
 def evaluate(env: gym.Env, agent: dict, args: Args, step: int) -> tuple[list[float], float]:
-    """Returns of episodes with mean actions; the critics' bias in BIAS_EPISODES sampled ones.
+    """Returns of episodes by mean actions, and the critics' bias in those by sampled actions.
 
     Training goes on as if there had been no evaluation: random numbers of its own are not used up.
     """
@@ -454,7 +458,7 @@ def evaluate(env: gym.Env, agent: dict, args: Args, step: int) -> tuple[list[flo
     generator = torch.Generator(params[0][0].device).manual_seed(derive_seed(args.seed, 1, step))
     returns, biases = [], []
     with generators_kept():
-        for i in range(args.eval_episodes + BIAS_EPISODES):
+        for i in range(sum(evaluation_episodes(args))):
             noise = generator if i >= args.eval_episodes else None
             episode, log_prob = play(env, params, derive_seed(args.seed, 1, step, i), noise)
             if noise is None:
@@ -715,9 +719,8 @@ def learn(args: Args, progress: dict, interrupts: Sequence) -> dict:
     log = Log(run_dir, progress, args)
     if args.capture_video:
         interval = getattr(eval_env.unwrapped, "dt", None)  # seconds of a step, of MuJoCo's tasks
-        how = {"fps": round(1 / interval) if interval else None}
-        every = args.eval_episodes + BIAS_EPISODES
-        how["episode_trigger"] = lambda n: n % every == 0
+        how = {"fps": round(1 / interval) if interval else None, "name_prefix": "step-0"}
+        how["episode_trigger"] = lambda n: n % sum(evaluation_episodes(args)) == 0
         eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), **how)
     anew = ": no checkpoint is there to go on from" if args.resume and not saved else ""
     print(f"{run_dir} on {device}, from step {progress['step']}{anew}", flush=True)

@@ -14,29 +14,22 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT))  # where an id <module>:<id> finds a module that lies beside the scripts
 
 
 class InputError(ValueError):
-    """What was asked for can't be done; one line says why and what to do."""
+    """What was asked for can't be done; one line says why. Each script has one of this name."""
 
 
 def load_script(path: Path | str) -> ModuleType:
-    """A script as a module, by its path in the repository or elsewhere; its InputError is ours."""
+    """A script as a module, by its path in the repository or elsewhere."""
     path = (ROOT / path).resolve()
     module = sys.modules.get(path.stem)
     if getattr(module, "__file__", None) != str(path):
         spec = spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = module_from_spec(spec)
         spec.loader.exec_module(module)
-    module.InputError = InputError
     return module
-
-
-def load_task(env_id: str, folder: Path = ROOT) -> None:
-    """Loads the module that an id <module>:<id> names, if it lies in the scripts' folder."""
-    file = folder / f"{env_id.rpartition(':')[0]}.py"
-    if file.is_file():
-        load_script(file)
 
 
 def parse(options: type, doc: str, words: list[str] | None = None, **how):
@@ -58,7 +51,9 @@ def run_tool(do: Callable, options: type, doc: str, words: list | None = None, *
     warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
     try:
         do(parse(options, doc, words, **how))
-    except (InputError, OSError) as error:
+    except (ValueError, OSError) as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "InputError":
+            raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ What `patch` makes is again one self-contained script, with a name of its own fo
 
 import itertools
 import subprocess
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -19,21 +18,19 @@ DIFFS = sorted((ROOT / "benchmarks/diffs").glob("*.diff"))
 SCRIPTS = ("sac", "mbpo", "mbpo_ftfl", "mbpo_residual_ablation")
 
 
-def patched(script: str, diff: Path, root: Path = ROOT) -> str | None:
+def patched(script: str, diff: Path) -> str | None:
     """The text of a script after a diff; None if the diff does not apply exactly."""
     command = ["patch", "--silent", "--force", "--fuzz=0", "--reject-file=-", "--output=-"]
-    command += [root / f"{script}.py", diff]
+    command += [ROOT / f"{script}.py", diff]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else None
 
 
-@cache
-def source_of(name: str, root: Path = ROOT) -> str:
-    """The text of a script as it is today, or of a patched one by its name; "" if there is none."""
-    for script, diff in itertools.product(SCRIPTS, DIFFS):
-        if name == f"{script}_{diff.stem}.py":
-            return patched(script, diff, root) or ""
-    return (root / name).read_text() if (root / name).is_file() else ""
+def origin(name: str) -> str | None:
+    """The script of the four that a file of this name is, or is patched from; None if neither."""
+    made = {f"{script}.py": script for script in SCRIPTS}
+    made |= {f"{s}_{diff.stem}.py": s for s, diff in itertools.product(SCRIPTS, DIFFS)}
+    return made.get(name)
 
 
 def changed_lines(diff: Path) -> int:

@@ -1,8 +1,7 @@
 """Runs a grid of the repository's scripts: several at a time, here or on a SLURM cluster.
 
-    python benchmarks/sweep.py benchmarks/grids/first_curves.toml --jobs 2
+    python benchmarks/sweep.py benchmarks/grids/walker_run.toml --jobs 2
     python benchmarks/sweep.py GRID.toml --dry-run     checks the grid and prints its commands
-    python benchmarks/sweep.py GRID.toml --together    all seeds in one process, for GPUs
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
 How a grid is written: benchmarks/README.md. All runs of one seed come before those of the next.
@@ -21,14 +20,13 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import tyro
-from common import ROOT, InputError, load_script, load_task, parse, run_tool
+from common import ROOT, InputError, load_script, parse, run_tool
 from tqdm import tqdm
 
 JOB = """\
@@ -45,7 +43,6 @@ class Options:
     jobs: int | None = None  # runs at a time; by default one per core, on a cluster all
     dry_run: bool = False  # print the commands, and start nothing
     slurm: str | None = None  # queue the runs on SLURM, with these options of sbatch
-    together: bool = False  # make one run of those that differ in the seed alone, by many_seeds.py
     only: int | None = None  # this run alone, by its place among the commands of --dry-run, from 0
 
 
@@ -55,15 +52,13 @@ class Run:
 
     command: tuple[str, ...]
     folder: Path
-    settings: str  # as in args.json, but for run_root and source
+    settings: str  # as in args.json, but for run_root
     seed: int = 0
-    others: tuple["Run", ...] = ()  # runs that the same child does
 
     def done(self) -> bool:
         """Whether these very settings have run to exit code 0, which is what done.json records."""
         file = self.folder / "done.json"
-        done = file.exists() and file.read_text() == self.settings
-        return done and all(run.done() for run in self.others)
+        return file.exists() and file.read_text() == self.settings
 
     def __call__(self, children: set[subprocess.Popen]) -> str:
         """Runs to the end, whatever has begun already; returns what failed."""
@@ -81,8 +76,7 @@ class Run:
             if code := child.wait():
                 log.seek(0)
                 return f"exit code {code}: {log.read().strip().splitlines()[-1]}"
-        for run in (self, *self.others):
-            (run.folder / "done.json").write_text(run.settings)
+        (self.folder / "done.json").write_text(self.settings)
         return ""
 
 
@@ -110,8 +104,7 @@ def queue(numbers: list[int], root: Path, options: Options) -> None:
     command = ["sbatch", f"--job-name={options.grid.stem}", f"--output={root}/slurm-%A_%a.txt"]
     command += [f"--array={','.join(map(str, numbers))}{at_once}", "--requeue"]
     command += ["--open-mode=append", "--signal=B:USR1@60", *shlex.split(options.slurm)]
-    told = [str(options.grid), *["--together"] * options.together]
-    job = JOB.format(command=shlex.join([sys.executable, __file__, *told]))
+    job = JOB.format(command=shlex.join([sys.executable, __file__, str(options.grid)]))
     try:
         asked = subprocess.run(command, input=job, capture_output=True, text=True)
     except FileNotFoundError:
@@ -131,7 +124,6 @@ def words(flag: str, value) -> list[str]:
 @cache
 def check_task(script, env_id: str, never_terminates: bool) -> None:
     """Raises InputError for a task that the script can't make, or knows no end of."""
-    load_task(env_id)
     script.make_env(env_id).close()
     if hasattr(script, "termination_function"):
         script.termination_function(script.Args(env_id=env_id, never_terminates=never_terminates))
@@ -154,22 +146,10 @@ def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     here = options.slurm is None  # or jobs may have what this machine lacks
     script.check_args(args if here else replace(args, device="cpu", capture_video=False))
     check_task(script, args.env_id, getattr(args, "never_terminates", False))
-    settings = {"script": Path(name).name} | asdict(args)
+    settings = {"script": Path(name).name, "version": script.VERSION} | asdict(args)
     del settings["run_root"]  # what is done may be moved
     command = sys.executable, str(ROOT / name), *given, "--seed", str(args.seed)
     return Run(command, script.run_folder(args), json.dumps(settings), args.seed)
-
-
-def joined(runs: list[Run]) -> list[Run]:
-    """The runs that differ in the seed alone as one each, which many_seeds.py does."""
-    groups, tool = defaultdict(list), str(ROOT / "benchmarks" / "many_seeds.py")
-    for run in runs:
-        groups[run.command[:-1]].append(run)  # all but the seed
-    made = []
-    for (python, *words, _), (first, *others) in groups.items():
-        command = python, tool, *words, "--seeds", *(str(run.seed) for run in (first, *others))
-        made.append(replace(first, command=command, others=tuple(others)))
-    return made
 
 
 def read_grid(options: Options) -> list[Run]:
@@ -195,8 +175,7 @@ def read_grid(options: Options) -> list[Run]:
                 runs[run.folder] = run
     except (OSError, ValueError) as error:
         raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
-    made = sorted(runs.values(), key=lambda run: run.seed)
-    return joined(made) if options.together else made
+    return sorted(runs.values(), key=lambda run: run.seed)
 
 
 def sweep(options: Options) -> None:
@@ -220,9 +199,7 @@ def sweep(options: Options) -> None:
         os._exit(1)  # without waiting for threads that wait
     for run, outcome in failed.items():
         print(f"failed: {run.folder}: {outcome}", file=sys.stderr)
-    total = sum(1 + len(runs[number].others) for number in numbers)
-    left = sum(1 + len(run.others) for run in failed)
-    print(f"{total - left} of {total} runs are done")
+    print(f"{len(numbers) - len(failed)} of {len(numbers)} runs are done")
     sys.exit(1 if failed else 0)
 
 

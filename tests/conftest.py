@@ -1,8 +1,7 @@
-"""One thread for tests and their children, the scripts on the path, and ways to run a script."""
+"""One thread for tests and their children, the scripts on the path, and ways to call a script."""
 
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -21,25 +20,9 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 @pytest.fixture
-def run():
-    """Runs a script as a child to its end; returns its exit code, stdout and stderr."""
-
-    def run_script(script: str, *words: str, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / f"{script}.py", *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-
-    return run_script
-
-
-def contents(folder: Path) -> dict:
-    """Every path below a folder, with the bytes of the files."""
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
-@pytest.fixture
 def main(monkeypatch, capsys, tmp_path):
     """Calls a script's main in-process, run root in tmp_path; returns exit code, stdout, stderr."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for module, name in ((warnings, "showwarning"), (sys, "unraisablehook")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
 
@@ -47,6 +30,8 @@ def main(monkeypatch, capsys, tmp_path):
         if "--run-root" not in words:
             words = [*words, "--run-root", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+        for number in handlers:  # as a terminal has them; workers of pytest may ignore Ctrl-C
+            signal.signal(number, signal.SIG_DFL)
         capsys.readouterr()
         code = 0
         try:
@@ -56,21 +41,20 @@ def main(monkeypatch, capsys, tmp_path):
         return code, *capsys.readouterr()
 
     yield call
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def refused(main, tmp_path):
     """Checks that main ends with exit code 2, one line, and nothing written; returns the line."""
+    from helpers_run import listing, one_error  # it imports the scripts, and they torch
 
     def call(script, words: list[str]) -> str:
-        before = contents(tmp_path)
+        before = listing(tmp_path)
         code, out, err = main(script, words)
-        assert code == 2, err
-        assert out == ""
-        assert contents(tmp_path) == before
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
+        assert (code, out) == (2, ""), err
+        assert listing(tmp_path) == before
+        return one_error(err)
 
     return call

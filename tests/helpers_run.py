@@ -71,9 +71,43 @@ def read_checkpoint(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
+def alter(folder: Path, change) -> None:
+    """Changes what a checkpoint holds."""
+    saved = read_checkpoint(folder)
+    change(saved)
+    torch.save(saved, folder / "checkpoint.pt")
+
+
+def saved_step(folder: Path) -> int:
+    """The step up to which a run is saved."""
+    return read_checkpoint(folder)["progress"]["step"]
+
+
 def read_evaluations(folder: Path) -> list[list[str]]:
     """The lines of eval.csv, the header too, without the column of seconds."""
     return [line.split(",")[:-1] for line in (folder / "eval.csv").read_text().splitlines()]
+
+
+class Outcome:
+    """A finished run: what train returned, its folder and its checkpoint."""
+
+    def __init__(self, script, settings: dict):
+        args = script.Args(**settings)
+        self.result = script.train(args)
+        self.folder = folder_of(args.run_root, args.exp_name, args.env_id, args.seed)
+        self.saved = None
+        if (self.folder / "checkpoint.pt").exists():
+            self.saved = read_checkpoint(self.folder)
+            self.step, self.agent = self.saved["progress"]["step"], self.saved["agent"]
+            self.rows, self.model = self.saved["buffer"]["rows"], self.saved.get("model")
+
+    @property
+    def evaluations(self) -> list[list[str]]:
+        return read_evaluations(self.folder)[1:]
+
+    @property
+    def synthetic(self) -> torch.Tensor:
+        return self.saved["synthetic"]["rows"]
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -98,6 +132,14 @@ def same(one, other) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+def same_learning(one: dict, other: dict) -> bool:
+    """Whether two checkpoints are equal, but for settings, evaluations and the clock."""
+    parts = one.keys() - {"settings", "progress"}
+    if one.keys() != other.keys() or one["progress"]["step"] != other["progress"]["step"]:
+        return False
+    return all(same(one[part], other[part]) for part in parts)
+
+
 def one_error(stderr: str) -> str:
     """The only line of stderr, which must begin with `error: `."""
     lines = stderr.splitlines()
@@ -111,3 +153,10 @@ def start(script: str, *words: str, **options) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # heeds Ctrl-C
     return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *words], **(pipes | options))
+
+
+def run(script: str, *words: str, **options) -> subprocess.CompletedProcess:
+    """Runs a script as a child to its end."""
+    with start(script, *words, **options) as child:
+        out, err = child.communicate(timeout=300)
+    return subprocess.CompletedProcess(child.args, child.returncode, out, err)

@@ -10,17 +10,20 @@ import sys
 import tomllib
 
 import pytest
-from helpers_run import NAMES, ROOT, flags, small
+from helpers_run import NAMES, ROOT, flags, folder_of, small
 
 SOURCE = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
-SECTIONS = ["Arguments", "Environment", "Replay", "Networks", "Model", "SAC"]
-SECTIONS += ["Run folder", "Training"]
-REPAIRS = {"model_targets", "fit_ensemble", "model_step"}
+SECTIONS = ["Arguments", "Replay", "Networks", "Optimizer", "SAC", "Model", "Rollouts"]
+SECTIONS += ["Termination", "Environment", "Evaluation", "Run", "Training"]
+OF_MODELS = {"Model", "Rollouts", "Termination"}
+SIZES = {"sac": 842, "mbpo": 1211, "mbpo_ftfl": 1213, "mbpo_residual_ablation": 1222}
+BATCHES = {"Args", "ReplayBuffer", "check_args", "learn"}
+REPAIRS = {"model_targets", "fit_ensemble", "predict"}
 ABLATION = REPAIRS | {"Args"}
 MAY_DIFFER = {
-    ("sac", "mbpo"): {"Args", "check_args", "train"},
-    ("sac", "mbpo_ftfl"): {"Args", "check_args", "train"},
-    ("sac", "mbpo_residual_ablation"): {"Args", "check_args", "train"},
+    ("sac", "mbpo"): BATCHES,
+    ("sac", "mbpo_ftfl"): BATCHES,
+    ("sac", "mbpo_residual_ablation"): BATCHES,
     ("mbpo", "mbpo_ftfl"): REPAIRS,
     ("mbpo", "mbpo_residual_ablation"): ABLATION,
     ("mbpo_ftfl", "mbpo_residual_ablation"): ABLATION,
@@ -48,20 +51,20 @@ def blocks(name: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("name", "most"), list(zip(NAMES, [540, 830, 835, 840], strict=True)))
-def test_a_script_stays_short(name, most):
-    """A script keeps to its number of lines, 100 columns, and 150 lines in train."""
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_stays_short(name):
+    """A script keeps to its number of lines, 100 columns, and 120 or 150 lines in its loop."""
     lines = SOURCE[name].splitlines()
-    assert len(lines) <= most
+    assert len(lines) <= SIZES[name]
     assert max(map(len, lines)) <= 100
-    assert len(blocks(name)["train"].splitlines()) <= 150
+    assert len(blocks(name)["learn"].splitlines()) <= (120 if name == "sac" else 150)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_is_in_sections(name):
     """The sections stand in one order, each under a rule as wide as a line may be."""
     rules = re.findall("^# --- .*", SOURCE[name], re.MULTILINE)
-    expected = [section for section in SECTIONS if name != "sac" or section != "Model"]
+    expected = [each for each in SECTIONS if name != "sac" or each not in OF_MODELS]
     assert [rule.strip("# -") for rule in rules] == expected
     assert {len(rule) for rule in rules} == {100}
 
@@ -85,7 +88,7 @@ def test_what_two_scripts_share_is_the_same(pair):
     common = [name for name in one if name in other]
     assert common == [name for name in other if name in one]
     assert {name for name in common if one[name] != other[name]} == MAY_DIFFER[pair]
-    assert len(common) >= 20
+    assert len(common) >= 40
 
 
 def test_headers_and_pyproject_name_the_same_packages():
@@ -123,10 +126,9 @@ def test_a_script_runs_alone(tmp_path):
     env["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "mbpo_ftfl.py", *flags(small("mbpo_ftfl"))]
     child = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    assert child.stderr == ""
+    assert (child.returncode, child.stderr) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {"mbpo_ftfl.py", "runs"}
-    assert (tmp_path / "runs" / "InvertedPendulum-v5__mbpo_ftfl__1" / "checkpoint.pt").exists()
+    assert (folder_of(tmp_path / "runs", "mbpo_ftfl") / "checkpoint.pt").exists()
 
 
 def test_the_readme_shows_the_diff():

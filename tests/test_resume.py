@@ -1,25 +1,27 @@
 """A run that is killed goes on to the same end; what a run folder holds is never lost."""
 
-import hashlib
 import json
 import os
 import random
-import re
 import resource
+import shutil
 import signal
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from helpers_run import (
-    ROOT,
+    Outcome,
+    alter,
     flags,
     folder_of,
     one_error,
     read_checkpoint,
     read_evaluations,
     read_scalars,
-    same,
+    same_learning,
+    saved_step,
     small,
     start,
 )
@@ -52,32 +54,45 @@ def undisturbed(tmp_path_factory):
     def of(script):
         if script not in made:
             root = tmp_path_factory.mktemp("undisturbed")
-            script.train(script.Args(**settings(script, root)))
-            made[script] = folder_of(root, script.__name__)
+            made[script] = Outcome(script, settings(script, root)).folder
         return made[script]
 
     return of
 
 
 @pytest.fixture
-def cut(monkeypatch):
-    """Trains until the power goes in a step."""
+def at_step(monkeypatch):
+    """Has something done in a step of a script's run, before the environment's step."""
 
-    def at(script, step: int, **settings) -> None:
+    def at(script, step: int, act) -> None:
         check = script.check_finite
 
         def check_finite(now, **quantities):
             check(now, **quantities)
-            if now == step:
-                raise Cut
+            if now == step and "action" in quantities:
+                act()
+
+        monkeypatch.setattr(script, "check_finite", check_finite)
+
+    return at
+
+
+@pytest.fixture
+def cut(at_step, monkeypatch):
+    """Trains until the power goes in a step."""
+
+    def go(script, step: int, **settings) -> None:
+        def power_goes():
+            raise Cut
 
         with monkeypatch.context() as changed:
-            changed.setattr(script, "check_finite", check_finite)
+            changed.setattr(script, "check_finite", script.check_finite)
+            at_step(script, step, power_goes)
             with pytest.raises(Cut):
                 script.train(script.Args(**settings))
         time.sleep(1)  # the files of TensorBoard's curves are in the order of their seconds
 
-    return at
+    return go
 
 
 def curves(folder) -> dict:
@@ -91,11 +106,9 @@ def assert_equal_runs(one, other) -> None:
     """Evaluations, all of the checkpoint and TensorBoard's curves are those of the other run."""
     assert read_evaluations(one) == read_evaluations(other)
     ours, theirs = read_checkpoint(one), read_checkpoint(other)
-    assert ours.keys() == theirs.keys()
-    assert theirs["added"] > len(theirs["rows"])
-    for part in ours.keys() - {"settings", "progress"}:
-        assert same(ours[part], theirs[part]), part
-    assert ours["progress"][:2] == theirs["progress"][:2]
+    assert theirs["buffer"]["added"] > len(theirs["buffer"]["rows"])
+    assert same_learning(ours, theirs)
+    assert ours["progress"]["episode"] == theirs["progress"]["episode"]
     assert curves(one) == curves(other)
 
 
@@ -106,7 +119,7 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_end(script, cut, undisturbed,
     saved = 0
     for step in (757, 1001):
         cut(script, step, **words)
-        assert saved < (saved := read_checkpoint(folder)["progress"][0]) < step
+        assert saved < (saved := saved_step(folder)) < step
     script.train(script.Args(**words))
     assert_equal_runs(folder, undisturbed(script))
 
@@ -121,22 +134,27 @@ def test_a_killed_process_goes_on_to_the_same_end(undisturbed, tmp_path, main):
     child.kill()
     assert child.wait() in (-signal.SIGKILL, 0), child.stderr.read()  # 0: it was faster
     time.sleep(1)  # the files of TensorBoard's curves are in the order of their seconds
-    saved = read_checkpoint(folder)["progress"][0]
+    saved = saved_step(folder)
     code, out, err = main(mbpo_ftfl, [*words, "--resume"])
     assert (code, err) == (0, "")
-    assert str(saved) in out.splitlines()[0]
+    assert out.splitlines()[0].endswith(f"from step {saved}")
     assert_equal_runs(folder, undisturbed(mbpo_ftfl))
 
 
-def test_a_run_cut_off_before_its_first_checkpoint_starts_anew(undisturbed, cut, tmp_path, main):
-    """With nothing saved yet, --resume says so, and begins from the start."""
+def test_a_run_cut_off_before_its_first_checkpoint_starts_anew(
+    undisturbed, cut, tmp_path, main, refused
+):
+    """With nothing saved yet, --resume refuses other settings, says so, and begins anew."""
     words, folder = settings(sac, tmp_path), folder_of(tmp_path, "sac")
     cut(sac, 100, **(words | {"checkpoint_frequency": 600}))
     assert (folder / "eval.csv").exists()
     assert not (folder / "checkpoint.pt").exists()
-    code, out, err = main(sac, [*flags(words), "--resume"])
-    assert code == 0, err
-    assert "from step 0" in out.splitlines()[0]
+    words = [*flags(words), "--resume"]
+    assert "holds a run with gamma 0.99, not 0.5" in refused(sac, [*words, "--gamma", "0.5"])
+    code, out, err = main(sac, words)
+    assert (code, err) == (0, "")
+    first = out.splitlines()[0]
+    assert first.endswith("from step 0: no checkpoint is there to go on from")
     assert_equal_runs(folder, undisturbed(sac))
 
 
@@ -160,11 +178,11 @@ def test_a_run_cut_off_while_saving_has_the_checkpoint_before(
             sac.train(sac.Args(**words))
     time.sleep(1)
     assert (folder / "checkpoint.tmp").exists()
-    saved_step = read_checkpoint(folder)["progress"][0]
-    assert 40 <= saved_step < 120
+    saved = saved_step(folder)
+    assert 40 <= saved < 120
     code, out, err = main(sac, [*flags(words), "--resume"])
-    assert code == 0, err
-    assert f"from step {saved_step}" in out.splitlines()[0]
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].endswith(f"from step {saved}")
     assert not (folder / "checkpoint.tmp").exists()
     assert_equal_runs(folder, undisturbed(sac))
 
@@ -172,7 +190,7 @@ def test_a_run_cut_off_while_saving_has_the_checkpoint_before(
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(undisturbed, tmp_path, main):
     """A checkpoint that doesn't fit is an error; with more room, the run goes on from the last."""
     expected = undisturbed(sac)
-    row = read_checkpoint(expected)["rows"][0].nbytes
+    row = read_checkpoint(expected)["buffer"]["rows"][0].nbytes
     most = (expected / "checkpoint.pt").stat().st_size - 50 * row
     words, folder = flags(settings(sac, tmp_path)), folder_of(tmp_path, "sac")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -183,175 +201,174 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(undisturbed, t
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1
     assert f"{folder}/checkpoint.pt" in one_error(err)
-    assert 500 <= read_checkpoint(folder)["progress"][0] < 700
+    assert 500 <= saved_step(folder) < 700
     assert not list(folder.glob("*.tmp"))
     assert main(sac, [*words, "--resume"])[0] == 0
     assert_equal_runs(folder, expected)
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "eval.csv"])
-def test_a_folder_in_a_files_place(name, main, tmp_path):
-    """A file that can't be replaced ends the run with a line that names it."""
-    folder = folder_of(tmp_path, "sac")
-    (folder / name).mkdir(parents=True)
-    code, out, err = main(sac, [*flags(small("sac", checkpoint_frequency=30)), "--resume"])
-    assert code == 1
-    assert f"{folder}/{name}" in one_error(err)
-    assert "80 steps are done" not in out
-
-
-@pytest.fixture
-def heeded():
-    """Ctrl-C as a terminal has it; pytest's workers may ignore it."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on(number, main, monkeypatch, tmp_path):
-    """Ctrl-C and a job system's SIGTERM end a run with one line that names the saved step."""
-    check = sac.check_finite
+def test_an_interrupted_run_ends_with_its_episode_and_goes_on(
+    number, at_step, main, undisturbed, tmp_path
+):
+    """Ctrl-C and a job system's SIGTERM save at the episode's end, and say how to go on."""
+    at_step(sac, 970, lambda: signal.raise_signal(number))
+    words, folder = flags(settings(sac, tmp_path, checkpoint_frequency=960)), tmp_path
+    code, out, err = main(sac, words)
+    folder = folder_of(tmp_path, "sac")
+    step = saved_step(folder)
+    assert code == 1
+    assert out.splitlines()[-1].startswith("interrupted: saves when this episode ends")
+    assert 970 <= step == read_scalars(folder)["train/episode_length"][-1][0] < 1000
+    told = f"error: interrupted; saved up to step {step}, from where --resume goes on"
+    assert one_error(err).startswith(told)
+    time.sleep(1)
+    at_step(sac, 970, lambda: None)
+    assert main(sac, [*words, "--resume"])[0] == 0
+    assert_equal_runs(folder, undisturbed(sac))
 
-    def check_finite(step, **quantities):
-        check(step, **quantities)
-        if step == 55:
-            signal.raise_signal(number)
 
-    monkeypatch.setattr(sac, "check_finite", check_finite)
-    error, _, _ = main(sac, flags(small("sac", checkpoint_frequency=10)))
-    step = read_checkpoint(folder_of(tmp_path, "sac"))["progress"][0]
-    assert 40 <= step < 55
-    assert re.fullmatch(f"error: interrupted;.*step {step}\\b.*--resume.*", error), error
+@pytest.mark.parametrize(
+    ("times", "every", "told"),
+    [(2, 10, "saved up to step "), (2, 500, "nothing is saved"), (1, 0, "nothing is saved")],
+)
+def test_a_second_interruption_ends_the_run_at_once(times, every, told, at_step, main, tmp_path):
+    """So does the first of a run that saves nothing; the line says what is kept."""
+
+    def interrupt():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+
+    at_step(sac, 55, interrupt)
+    code, _, err = main(sac, flags(small("sac", checkpoint_frequency=every)))
+    assert code == 1
+    assert one_error(err).startswith(f"error: interrupted; {told}")
+    folder = folder_of(tmp_path, "sac")
+    assert (folder / "checkpoint.pt").exists() == ("nothing" not in told)
+    if "nothing" not in told:
+        assert 40 <= saved_step(folder) < 55
+        assert f"step {saved_step(folder)}, " in err
 
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
     """The folder of a short finished run with a model."""
-    root = tmp_path_factory.mktemp("once")
-    mbpo.train(mbpo.Args(**small("mbpo", run_root=str(root))))
-    return folder_of(root, "mbpo")
+    return Outcome(mbpo, small("mbpo", run_root=str(tmp_path_factory.mktemp("once")))).folder
 
 
 @pytest.fixture
 def finished(once, tmp_path):
-    """A copy of a short finished run: the flags, and the folder."""
-    folder = tmp_path / once.name
-    folder.mkdir()
-    for file in once.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return flags(small("mbpo")), folder
-
-
-def alter(folder, change) -> None:
-    """Changes what a checkpoint holds."""
-    saved = read_checkpoint(folder)
-    change(saved)
-    torch.save(saved, folder / "checkpoint.pt")
+    """A copy of a short finished run: the flags that resume it, and the folder."""
+    folder = shutil.copytree(once, tmp_path / once.name)
+    return [*flags(small("mbpo")), "--resume"], folder
 
 
 def test_a_folder_that_holds_a_run_is_refused(finished, refused):
     """Without --resume nothing is touched."""
     words, folder = finished
-    line = refused(mbpo, words)
+    line = refused(mbpo, words[:-1])
     assert all(word in line for word in (str(folder), "--resume", "--exp-name"))
 
 
-def test_resume_refuses_a_run_with_other_settings(finished, refused):
+@pytest.mark.parametrize("held", [None, "{}", "[1]", "none", '{"script": "mbpo.py"}'])
+def test_resume_refuses_a_folder_that_holds_no_run(held, refused, tmp_path):
+    """Files of something else stay as they are, even if one is called args.json."""
+    folder = folder_of(tmp_path, "mbpo")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    if held:
+        (folder / "args.json").write_text(held)
+    assert str(folder) in refused(mbpo, [*flags(small("mbpo")), "--resume"])
+    assert str(folder) in refused(mbpo, flags(small("mbpo")))
+
+
+def test_resume_refuses_a_run_with_other_settings(finished, refused, monkeypatch):
     """The setting is named, and one that the run's older script didn't have, too."""
     words, folder = finished
-    assert "gamma 0.99, not 0.5" in refused(mbpo, [*words, "--resume", "--gamma", "0.5"])
-    other = [*flags(small("sac", exp_name="mbpo")), "--resume"]
-    assert "holds a run with" in refused(sac, other)
+    assert "gamma 0.99, not 0.5" in refused(mbpo, [*words, "--gamma", "0.5"])
+    assert "holds a run with" in refused(sac, [*flags(small("sac", exp_name="mbpo")), "--resume"])
+    with monkeypatch.context() as changed:
+        changed.setattr(mbpo, "VERSION", mbpo.VERSION + 1)
+        line = refused(mbpo, words)
+        assert f"version {mbpo.VERSION - 1}, not {mbpo.VERSION}" in line
+        (folder / "checkpoint.pt").rename(folder.parent / "kept.pt")
+        assert f"version {mbpo.VERSION - 1}, not {mbpo.VERSION}" in refused(mbpo, words)
+    (folder.parent / "kept.pt").rename(folder / "checkpoint.pt")
     alter(folder, lambda saved: saved["settings"].pop("model_updates"))
-    line = refused(mbpo, [*words, "--resume"])
-    assert "model_updates" in line
-    assert "older script" in line
+    assert "model_updates unknown to its script, not 5" in refused(mbpo, words)
 
 
 def test_resume_refuses_fewer_steps_than_are_done(finished, refused):
     """The end of a run can't be moved before what it has done."""
     words, folder = finished
-    line = refused(mbpo, [*words, "--resume", "--total-timesteps", "60"])
-    assert f"{folder} has 80 steps" in line
-    assert "--total-timesteps" in line
+    line = refused(mbpo, [*words, "--total-timesteps", "60"])
+    assert f"{folder} has 80 steps: --total-timesteps must not be less" in line
+
+
+@pytest.mark.parametrize("what", ["half", "text", "folder", "settings"])
+def test_resume_refuses_a_checkpoint_that_it_cannot_read(what, finished, refused):
+    """The file is named, and said to be damaged only if it can't be read; no line tells to delete."""
+    (words, folder), file = finished, finished[1] / "checkpoint.pt"
+    content = file.read_bytes()
+    if what == "settings":
+        alter(folder, lambda saved: saved.pop("settings"))
+    else:
+        file.unlink()
+        (file.mkdir if what == "folder" else file.touch)()
+    if what in ("half", "text"):
+        file.write_bytes(content[: len(content) // 2] if what == "half" else b"notes")
+    line = refused(mbpo, words)
+    assert (f"{file} can't be read, it may be damaged" in line) == (what != "settings")
+    assert str(folder) in line
+    assert not any(word in line for word in ("remove", "delete", "rm "))
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, main):
     """It says that all steps are done, and returns what the run returned."""
     words, folder = finished
     before = [(folder / name).read_bytes() for name in ("checkpoint.pt", "eval.csv")]
-    code, out, err = main(mbpo, [*words, "--resume"])
+    code, out, err = main(mbpo, words)
     assert (code, err) == (0, "")
     assert "80 steps are done" in out
+    result = Outcome(mbpo, small("mbpo", run_root=str(folder.parent), resume=True)).result
     assert [(folder / name).read_bytes() for name in ("checkpoint.pt", "eval.csv")] == before
-    args = small("mbpo", run_root=str(folder.parent), resume=True)
-    result = mbpo.train(mbpo.Args(**args))
-    assert result["evaluations"] == (folder / "eval.csv").read_text().splitlines()
-
-
-def rename(params: dict) -> None:
-    """Gives the first of some tensors another name."""
-    params["renamed"] = params.pop(next(iter(params)))
-
-
-def reshape(params: dict) -> None:
-    """Gives the first of some tensors another shape."""
-    params[next(iter(params))] = torch.zeros(3, 5, 7)
-
-
-@pytest.mark.parametrize("change", [rename, reshape])
-def test_resume_refuses_tensors_of_another_script(change, finished, refused):
-    """Of other names or shapes, a checkpoint is of another version, whatever its settings say."""
-    words, folder = finished
-    alter(folder, lambda saved: change(saved["agent"]["actor"]["params"]))
-    line = refused(mbpo, [*words, "--resume", "--total-timesteps", "120"])
-    assert f"{folder} holds a run of another version of this script" in line
-
-
-def test_resume_refuses_a_file_that_is_no_checkpoint(finished, refused):
-    """Cut short, or of something else, the file is named."""
-    words, folder = finished
-    words, file = [*words, "--resume", "--total-timesteps", "120"], folder / "checkpoint.pt"
-    alter(folder, lambda saved: saved.pop("progress"))
-    assert str(folder) in refused(mbpo, words)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    line = refused(mbpo, words)
-    assert str(file) in line
-    assert f"remove {folder} to start anew" in line
-
-
-def test_resume_needs_the_checkpoint_alone(finished, main):
-    """Without args.json, a run still goes on from its checkpoint."""
-    words, folder = finished
-    (folder / "args.json").unlink()
-    code, out, _ = main(mbpo, [*words, "--resume", "--total-timesteps", "90"])
-    assert code == 0
-    assert "from step 80" in out.splitlines()[0]
+    assert result["evaluations"] == (folder / "eval.csv").read_text().splitlines()[1:]
 
 
 def test_resume_goes_on_with_more_steps(finished, main):
-    """A finished run is extended, on a device of any name and by a script that was edited."""
+    """A finished run is extended, without args.json and on another kind of device, too."""
     words, folder = finished
-    source = hashlib.sha256((ROOT / "mbpo.py").read_bytes()).hexdigest()
-    assert read_checkpoint(folder)["settings"]["source"] == source
-    assert json.loads((folder / "args.json").read_text())["source"] == source
-    alter(folder, lambda saved: saved["settings"].update(source="of another day"))
-    words = [*words, "--resume", "--device", "cpu", "--total-timesteps", "120"]
+    (folder / "args.json").unlink()
+    alter(folder, lambda saved: saved.update(generator=saved["generator"][:16]))  # as of a GPU
+    words = [*words, "--device", "cpu", "--total-timesteps", "120"]
     code, out, err = main(mbpo, words)
     assert (code, err) == (0, "")
     assert "from step 80" in out.splitlines()[0]
     assert [row[0] for row in read_evaluations(folder)] == ["step", "0", "40", "80", "120"]
-    assert read_checkpoint(folder)["progress"][0] == 120
+    assert saved_step(folder) == 120
     held = json.loads((folder / "args.json").read_text())
-    assert (held["total_timesteps"], held["device"], held["source"]) == (120, "cpu", source)
+    assert (held["total_timesteps"], held["version"]) == (120, mbpo.VERSION)
 
 
-def test_resume_on_another_kind_of_device(finished, main):
-    """The noise of a GPU's generator can't go on elsewhere; the run does, with new noise."""
-    words, folder = finished
-    alter(folder, lambda saved: saved.update(generator=saved["generator"][:16]))
+def test_settings_of_numpy_and_paths_are_taken_as_pythons_own(main, tmp_path):
+    """From Python, numpy's numbers and a Path do; such a run goes on from the command line."""
+    plain = small("mbpo", rollout_schedule=(0, 50, 1, 2))
+    given = {"gamma": np.float64(0.99), "policy_lr": np.float32(0.25), "seed": np.int64(1)}
+    given |= {"run_root": tmp_path, "autotune": np.bool_(True), "exp_name": Path("mbpo")}
+    args = mbpo.Args(**(plain | given))
+    mbpo.train(args)
+    assert args.run_root is tmp_path  # the caller's own settings stay as they were
+    words = flags(plain | {"policy_lr": 0.25})
     code, out, err = main(mbpo, [*words, "--resume", "--total-timesteps", "90"])
-    assert code == 0, err
+    assert (code, err) == (0, "")
     assert "from step 80" in out.splitlines()[0]
+
+
+@pytest.mark.parametrize("total", [90, 7])
+def test_every_run_ends_with_an_evaluation_and_a_checkpoint(total, tmp_path):
+    """Whatever its length, so that no step of it is lost."""
+    changes = {"total_timesteps": total, "learning_starts": min(total, 40)}
+    outcome = Outcome(sac, small("sac", run_root=str(tmp_path), **changes))
+    expected = [step for step in (0, 40, 80, total) if step <= total]
+    assert [int(row[0]) for row in outcome.evaluations] == expected
+    assert outcome.step == len(outcome.rows) == total

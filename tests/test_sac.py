@@ -1,69 +1,112 @@
-"""Networks, Adam and the SAC update against independent references."""
+"""Networks, Adam, the SAC update and the evaluation against independent references."""
 
 import copy
 import math
+import random
 from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers_model import CPU, A, S, assert_close, flat, random_batch
+from helpers_model import (
+    CPU,
+    A,
+    S,
+    as_module,
+    as_params,
+    assert_close,
+    assert_equal,
+    flat,
+    random_batch,
+    seeded,
+    stack,
+    unstack,
+)
 from torch import nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from torch.utils._pytree import tree_map
 
 import sac
 
-pytestmark = pytest.mark.usefixtures("double")
+double = pytest.mark.usefixtures("float64")
+near = {"rtol": 1e-6, "atol": 1e-8}  # Adam magnifies rounding where gradients are tiny
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """The same random numbers in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
-def double():
+def float64():
     """Numbers in float64, so that a reference may be compared to some ten digits."""
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def make_agent(alpha: float = 0.3, seed: int = 0):
-    """Networks and an agent whose targets are other networks than its critics."""
+def make_agent(seed: int = 0) -> dict:
+    """An agent with biases, a temperature of 0.3, and other targets than its critics."""
     torch.manual_seed(seed)
-    nets = {"actor": sac.mlp(S, 2 * A), "critic": sac.Critic(S, A)}
-    agent = sac.sac_init(nets, alpha, CPU)
-    agent["target"] = sac.adam_init(sac.Critic(S, A), CPU)["params"]
-    return nets, agent
+    agent = sac.init_agent(S, A, 0.3, CPU)
+    agent["target"] = sac.init_critic(S, A)
+    for params in (agent["actor"]["params"], agent["critic"]["params"], agent["target"]):
+        for _, bias in params:
+            bias.normal_(std=0.1)
+    return agent
 
 
-def test_mlp_has_orthogonal_weights_of_gain_root_two_and_zero_biases():
+def fixed(mean: torch.Tensor, raw: torch.Tensor) -> tuple:
+    """Parameters and states of an actor of one layer, which is the identity: it says the state."""
+    obs = torch.cat([mean, raw], -1)
+    return [(torch.eye(obs.shape[-1]), torch.zeros(obs.shape[-1]))], obs
+
+
+@double
+def test_initial_weights_are_orthogonal_of_gain_root_two_with_zero_biases():
     """Rows or columns, whichever are fewer, are orthogonal and of length sqrt 2."""
-    net = sac.mlp(S, 2 * A)
-    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
-    sizes = [tuple(layer.weight.shape) for layer in layers]
-    assert sizes == [(256, S), (256, 256), (2 * A, 256)]
-    assert [type(layer) for layer in net][1::2] == [nn.ReLU, nn.ReLU]
-    for layer in layers:
-        weight = layer.weight if layer.out_features < layer.in_features else layer.weight.T
-        torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(len(weight)))
-        assert not layer.bias.any()
+    nets = [sac.init_actor(S, A), *unstack(sac.init_critic(S, A))]
+    for params, ends in zip(nets, [(S, 2 * A), (S + A, 1), (S + A, 1)], strict=True):
+        sizes = [tuple(weight.shape) for weight, _ in params]
+        assert sizes == [(ends[0], 256), (256, 256), (256, ends[1])]
+        for weight, bias in params:
+            weight = weight if len(weight) < len(weight.T) else weight.T
+            torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(len(weight)))
+            assert not bias.any()
+    assert not torch.equal(nets[1][0][0], nets[2][0][0])
 
 
+@double
+def test_networks_are_those_of_torch_modules():
+    """Actor and twin critics compute linear layers with ReLU between them."""
+    agent, batch = make_agent(), random_batch(7)
+    mean, raw = as_module(agent["actor"]["params"])(batch.obs).chunk(2, -1)
+    torch.testing.assert_close(
+        sac.actor(agent["actor"]["params"], batch.obs), (mean, -4 + 6 * torch.tanh(raw))
+    )
+    x = torch.cat([batch.obs, batch.action], 1)
+    expected = [as_module(twin)(x)[:, 0] for twin in unstack(agent["target"])]
+    q = sac.critic(agent["target"], batch.obs, batch.action)
+    torch.testing.assert_close(q, torch.stack(expected))
+
+
+@double
 def test_log_std_stays_between_its_bounds():
     """Whatever the network says, log std is in [-10, 2], and reaches both ends and the middle."""
     raw = torch.tensor([-1e6, -1.0, 0.0, 1.0, 1e6])[:, None]
-    obs = torch.cat([torch.zeros_like(raw), raw], -1)  # at mean 0 and noise 0, log pi is log N(0)
-    _, log_prob = sac.sample_action({"actor": nn.Identity()}, {}, obs, torch.zeros_like(raw))
+    _, log_std = sac.actor(*fixed(torch.zeros_like(raw), raw))
     expected = [-10.0, -4 - 6 * math.tanh(1), -4.0, -4 + 6 * math.tanh(1), 2.0]
-    log_std = -log_prob - math.log(2 * math.pi) / 2
-    torch.testing.assert_close(log_std, torch.tensor(expected))
+    torch.testing.assert_close(log_std[:, 0], torch.tensor(expected))
 
 
+@double
 @pytest.mark.parametrize("size", [0.3, 3.0, 50.0])
 def test_log_probability_is_that_of_torch_distributions(size):
     """Action and log-probability are those of a Normal sent through tanh, also far out."""
     mean, raw, noise = size * torch.randn(64, A), torch.randn(64, A), torch.randn(64, A)
-    nets, obs = {"actor": nn.Identity()}, torch.cat([mean, raw], -1)
-    action, log_prob = sac.sample_action(nets, {}, obs, noise)
+    action, log_prob = sac.sample_action(*fixed(mean, raw), noise)
     std = torch.exp(-4 + 6 * torch.tanh(raw))
     squash = TanhTransform(cache_size=1)  # the cache has u where tanh(u) rounds to 1
     reference = squash(u := mean + std * noise)
@@ -76,10 +119,10 @@ def test_log_probability_is_that_of_torch_distributions(size):
 
 def test_log_probability_is_finite_in_float32_where_tanh_is_one():
     """At u = +-1000 the log-probability is finite, and so is its gradient."""
-    mean = torch.tensor([[1000.0], [-1000.0]], dtype=torch.float32)
-    obs = torch.cat([mean, torch.zeros_like(mean)], -1).requires_grad_()
-    zero = torch.zeros_like(mean)
-    action, log_prob = sac.sample_action({"actor": nn.Identity()}, {}, obs, zero)
+    mean = torch.tensor([[1000.0], [-1000.0]])
+    params, obs = fixed(mean, torch.zeros_like(mean))
+    obs.requires_grad_()
+    action, log_prob = sac.sample_action(params, obs, torch.zeros_like(mean))
     log_prob.sum().backward()
     assert action.abs().eq(1).all()
     assert log_prob.isfinite().all()
@@ -87,37 +130,37 @@ def test_log_probability_is_finite_in_float32_where_tanh_is_one():
     assert obs.grad.isfinite().all()
 
 
+@double
 def test_adam_step_is_torch_adam():
     """Fifty steps with gradients of many sizes, zero among them, end where torch's Adam does."""
-    net = nn.Linear(4, 3)
-    reference = copy.deepcopy(net)
-    learner, optimizer = sac.adam_init(net, CPU), torch.optim.Adam(reference.parameters(), 1e-2)
+    params = [(torch.randn(4, 3), torch.randn(3))]
+    reference = [x.clone().requires_grad_() for x in params[0]]
+    learner, optimizer = sac.adam_init(params, CPU), torch.optim.Adam(reference, 1e-2)
+    assert_equal(learner["params"], params)
     for step in range(50):
-        grads = {k: torch.randn_like(p) * 10.0 ** (step % 9 - 8) for k, p in net.named_parameters()}
-        grads["bias"] *= step > 5
-        for name, param in reference.named_parameters():
-            param.grad = grads[name].clone()
+        grads = [torch.randn_like(x) * 10.0 ** (step % 9 - 8) for x in reference]
+        grads[1] *= step > 5
+        for param, grad in zip(reference, grads, strict=True):
+            param.grad = grad.clone()
         optimizer.step()
-        learner = sac.adam_step(learner, grads, 1e-2)
+        learner = sac.adam_step(learner, [tuple(grads)], 1e-2)
     assert learner["t"] == 50
-    assert_close(learner["params"], {k: p.data for k, p in reference.named_parameters()})
-    state = {name: optimizer.state[param] for name, param in reference.named_parameters()}
-    assert_close(learner["m"], {name: s["exp_avg"] for name, s in state.items()})
-    assert_close(learner["v"], {name: s["exp_avg_sq"] for name, s in state.items()})
+    states = [optimizer.state[param] for param in reference]
+    assert_close(learner["params"], [[x.data for x in reference]])
+    assert_close(learner["m"], [[state["exp_avg"] for state in states]])
+    assert_close(learner["v"], [[state["exp_avg_sq"] for state in states]])
 
 
 class EagerSAC:
     """SAC as it is mostly written: modules, autograd's backward, torch's optimizers."""
 
-    def __init__(self, nets: dict, agent: dict, args):
-        self.args = args
-        self.actor, self.critic = copy.deepcopy(nets["actor"]), copy.deepcopy(nets["critic"])
-        self.target = copy.deepcopy(self.critic)
-        self.target.load_state_dict(agent["target"])
-        log_alpha = agent["temperature"]["params"]["log_alpha"]
-        self.log_alpha = log_alpha.clone().requires_grad_()
+    def __init__(self, agent: dict, args):
+        self.args, self.actor = args, as_module(agent["actor"]["params"])
+        self.critics = nn.ModuleList(map(as_module, unstack(agent["critic"]["params"])))
+        self.targets = nn.ModuleList(map(as_module, unstack(agent["target"])))
+        self.log_alpha = agent["log_alpha"]["params"].clone().requires_grad_()
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.policy_lr)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.q_lr)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), args.q_lr)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.q_lr)
 
     def act(self, obs, noise):
@@ -129,25 +172,31 @@ class EagerSAC:
         distribution = TransformedDistribution(Normal(mean, std), [squash])
         return action, distribution.log_prob(action).sum(-1)
 
+    @staticmethod
+    def values(critics, obs, action):
+        """What two critics say."""
+        return [net(torch.cat([obs, action], 1))[:, 0] for net in critics]
+
+    @torch.no_grad()
     def target_of(self, batch, noise):
         """What the critics should say."""
         action, log_prob = self.act(batch.next_obs, noise)
-        value = (
-            torch.minimum(*self.target(batch.next_obs, action)) - self.log_alpha.exp() * log_prob
-        )
-        return (batch.reward + self.args.gamma * (1 - batch.terminated) * value).detach()
+        value = torch.minimum(*self.values(self.targets, batch.next_obs, action))
+        value = value - self.log_alpha.exp() * log_prob
+        return batch.reward + self.args.gamma * (1 - batch.terminated) * value
 
     def update(self, batch, noise):
-        """One step of all; returns the three losses."""
+        """One step of all; returns the losses of critics and actor."""
         alpha, y = self.log_alpha.exp().detach(), self.target_of(batch, noise[0])
-        q1, q2 = self.critic(batch.obs, batch.action)
+        q1, q2 = self.values(self.critics, batch.obs, batch.action)
         critic_loss = nn.functional.mse_loss(q1, y) + nn.functional.mse_loss(q2, y)
         self.step(self.critic_optimizer, critic_loss)
         with torch.no_grad():
-            for old, new in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+            for old, new in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
                 old.mul_(1 - self.args.tau).add_(self.args.tau * new)
         action, log_prob = self.act(batch.obs, noise[1])
-        actor_loss = (alpha * log_prob - torch.minimum(*self.critic(batch.obs, action))).mean()
+        q = torch.minimum(*self.values(self.critics, batch.obs, action))
+        actor_loss = (alpha * log_prob - q).mean()
         self.step(self.actor_optimizer, actor_loss)
         gap = -log_prob.mean().detach() - self.args.target_entropy
         self.step(self.alpha_optimizer, self.log_alpha.exp() * gap)
@@ -161,34 +210,22 @@ class EagerSAC:
         optimizer.step()
 
 
+@double
 def test_sac_update_is_that_of_an_eager_reference():
     """Twenty updates, different step sizes each, leave every tensor where the reference has it."""
     rates = {"policy_lr": 1e-3, "q_lr": 2e-3, "tau": 0.05, "gamma": 0.9, "target_entropy": -2.0}
-    args = sac.Args(**rates)
-    nets, agent = make_agent()
-    reference = EagerSAC(nets, agent, args)
+    args, agent = sac.Args(**rates), make_agent()
+    reference = EagerSAC(agent, args)
     for _ in range(20):
         batch, noise = random_batch(16), torch.randn(2, 16, A)
-        agent, metrics = sac.sac_update(agent, batch, noise, nets, args)
-        critic_loss, actor_loss = reference.update(batch, noise)
-        close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
-        close(metrics["q_loss"], critic_loss)
-        close(metrics["actor_loss"], actor_loss)
-    tolerance = {"rtol": 1e-6, "atol": 1e-8}  # Adam magnifies rounding where gradients are tiny
-    for name in ("actor", "critic"):
-        params = {k: p.data for k, p in getattr(reference, name).named_parameters()}
-        assert_close(agent[name]["params"], params, **tolerance)
-    target = {k: p.data for k, p in reference.target.named_parameters()}
-    assert_close(agent["target"], target, **tolerance)
-    temperature = agent["temperature"]["params"]["log_alpha"]
-    torch.testing.assert_close(temperature, reference.log_alpha.data, **tolerance)
-
-
-class Spaces(gym.Env):
-    """A task of which only the sizes are known."""
-
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (S,))
-    action_space = gym.spaces.Box(-1, 1, (A,))
+        agent, metrics = sac.sac_update(agent, batch, noise, args)
+        losses = [metrics["q_loss"], metrics["actor_loss"]]
+        assert_close(losses, reference.update(batch, noise), **near)
+    assert_close(agent["actor"]["params"], as_params(reference.actor), **near)
+    expected = stack([as_params(net) for net in reference.critics])
+    assert_close(agent["critic"]["params"], expected, **near)
+    assert_close(agent["target"], stack([as_params(net) for net in reference.targets]), **near)
+    torch.testing.assert_close(agent["log_alpha"]["params"], reference.log_alpha.data, **near)
 
 
 class LogStd(nn.Linear):
@@ -198,10 +235,27 @@ class LogStd(nn.Linear):
         return -10 + 6 * (1 + torch.tanh(super().forward(x)))
 
 
+def pairs(sb3, actor: list, critic: list) -> list[tuple]:
+    """The parameters of SB3's actor and critics, and ours of the same place."""
+    body, (weight, bias) = actor[:-1], actor[-1]
+    ours = [*body, (weight[:, :A], bias[:A]), (weight[:, A:], bias[A:])]
+    layers = [sb3.actor.latent_pi[0], sb3.actor.latent_pi[2], sb3.actor.mu, sb3.actor.log_std]
+    for net, twin in zip(sb3.critic.q_networks, unstack(critic), strict=True):
+        layers, ours = [*layers, *net[::2]], [*ours, *twin]
+    found = []
+    for layer, (weight, bias) in zip(layers, ours, strict=True):
+        found += [(layer.weight, weight.T), (layer.bias, bias)]
+    return found
+
+
 def stable_baselines(agent: dict, args, monkeypatch):
     """SB3's SAC with our weights, without its 1e-6 against log(0) and its cast to float32."""
     import stable_baselines3  # here, for only one of pytest's workers to wait for it
     from stable_baselines3.common.logger import configure
+
+    class Spaces(gym.Env):  # a task of which only the sizes are known
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (S,))
+        action_space = gym.spaces.Box(-1, 1, (A,))
 
     rates = {"learning_rate": args.q_lr, "gamma": args.gamma, "tau": args.tau}
     temperature = {"target_entropy": args.target_entropy, "ent_coef": "auto_0.3"}
@@ -215,41 +269,12 @@ def stable_baselines(agent: dict, args, monkeypatch):
     monkeypatch.setattr("stable_baselines3.common.policies.preprocess_obs", lambda x, *_, **__: x)
     for theirs, ours in pairs(sb3, agent["actor"]["params"], agent["critic"]["params"]):
         theirs.data.copy_(ours)
-    for theirs, ours in twins(sb3.critic_target, agent["target"]):
-        theirs.data.copy_(ours)
+    for net, twin in zip(sb3.critic_target.q_networks, unstack(agent["target"]), strict=True):
+        net.load_state_dict(as_module(twin).state_dict())
     return sb3
 
 
-def twins(critic, ours: dict) -> list[tuple]:
-    """The parameters of SB3's two critics, and ours of the same place."""
-    layers = [(net[2 * i], i, e) for e, net in enumerate(critic.q_networks) for i in range(3)]
-    weights = [(layer.weight, ours[f"weights.{i}"][e].T) for layer, i, e in layers]
-    return weights + [(layer.bias, ours[f"biases.{i}"][e, 0]) for layer, i, e in layers]
-
-
-def pairs(sb3, actor: dict, critic: dict) -> list[tuple]:
-    """The parameters of SB3's actor and critics, and ours of the same place."""
-    found = twins(sb3.critic, critic)
-    mean, log_std = (slice(A), slice(A, 2 * A))
-    places = [(sb3.actor.latent_pi[i], i, slice(None)) for i in (0, 2)]
-    for layer, i, rows in [*places, (sb3.actor.mu, 4, mean), (sb3.actor.log_std, 4, log_std)]:
-        found += [(getattr(layer, x), actor[f"{i}.{x}"][rows]) for x in ("weight", "bias")]
-    return found
-
-
-class SameBatch:
-    """A replay buffer that has one batch."""
-
-    def __init__(self, batch):
-        from stable_baselines3.common.type_aliases import ReplayBufferSamples
-
-        column = [x[:, None] for x in (batch.terminated, batch.reward)]
-        self.samples = ReplayBufferSamples(batch.obs, batch.action, batch.next_obs, *column)
-
-    def sample(self, size, env):
-        return self.samples
-
-
+@double
 def test_sac_update_is_that_of_stable_baselines(monkeypatch):
     """One update by SB3's own `train` has our losses, gradients and parameters.
 
@@ -257,17 +282,20 @@ def test_sac_update_is_that_of_stable_baselines(monkeypatch):
     ours is alpha (entropy - target), so that our gradient is alpha times its own.
     """
     args = sac.Args(policy_lr=1e-3, q_lr=1e-3, tau=0.05, gamma=0.9, target_entropy=-2.0)
-    nets, agent = make_agent()
+    agent, batch, noise = make_agent(), random_batch(16), torch.randn(2, 16, A)
     sb3 = stable_baselines(agent, args, monkeypatch)
-    batch, noise = random_batch(16), torch.randn(2, 16, A)
+    from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
     noises = list(noise)  # popped: SB3 acts at s before it does at s'
     draw = "torch.distributions.normal._standard_normal"
     monkeypatch.setattr(draw, lambda *_, **__: noises.pop())
-    sb3.replay_buffer = SameBatch(batch)
+    columns = batch.terminated[:, None], batch.reward[:, None]
+    samples = ReplayBufferSamples(batch.obs, batch.action, batch.next_obs, *columns)
+    monkeypatch.setattr(sb3.replay_buffer, "sample", lambda *_, **__: samples)
     sb3.train(1, 16)
-    new, metrics = sac.sac_update(agent, batch, noise, nets, args)
+    new, metrics = sac.sac_update(agent, batch, noise, args)
 
-    close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
+    close = partial(torch.testing.assert_close, **near)
     theirs = {name: torch.tensor(x) for name, x in sb3.logger.name_to_value.items()}
     close(metrics["q_loss"], 2 * theirs["train/critic_loss"])
     close(metrics["actor_loss"], theirs["train/actor_loss"])
@@ -277,183 +305,221 @@ def test_sac_update_is_that_of_stable_baselines(monkeypatch):
     for param, moment in pairs(sb3, new["actor"]["m"], new["critic"]["m"]):
         factor = 1 if param in actor_parameters else 2
         close(moment, factor * states[param]["exp_avg"])  # both a tenth of the gradient
-    close(new["temperature"]["m"]["log_alpha"], 0.1 * 0.3 * sb3.log_ent_coef.grad[0])
-    close(new["temperature"]["params"]["log_alpha"], sb3.log_ent_coef.data[0])
+    close(new["log_alpha"]["m"], 0.1 * 0.3 * sb3.log_ent_coef.grad[0])
+    close(new["log_alpha"]["params"], sb3.log_ent_coef.data[0])
     for param, ours in pairs(sb3, new["actor"]["params"], new["critic"]["params"]):
         close(ours, param.data)
-    for param, ours in twins(sb3.critic_target, new["target"]):
-        close(ours, param.data)
+    nets = sb3.critic_target.q_networks
+    assert_close(new["target"], stack([as_params(net) for net in nets]), **near)
 
 
-def test_compiled_update_is_the_eager_one():
-    """The one graph that torch.compile makes gives the state and metrics of plain PyTorch."""
-    nets, agent = make_agent()
-    batch, noise = random_batch(16), torch.randn(2, 16, A)
-    update = partial(sac.sac_update, nets=nets, args=sac.Args())
-    compiled = torch.compile(update, fullgraph=True, dynamic=False)
-    state, metrics = compiled(agent, batch, noise)
-    expected, expected_metrics = update(agent, batch, noise)
-    assert_close(state, expected, rtol=1e-6, atol=1e-8)
-    assert_close(metrics, expected_metrics, rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_update_writes_the_pure_updates_result_in_place(compiled):
+    """Compiled to one graph or not, the state's own tensors get what the pure function returns."""
+    agent, args = make_agent(), sac.Args(compile=compiled)
+    update, tensors = sac.compiled_update(sac.sac_update, args), flat(agent)
+    assert len({x.data_ptr() for x in tensors.values()}) == len(tensors)
+    for _ in range(2):
+        batch, noise = random_batch(16), torch.randn(2, 16, A)
+        expected, expected_metrics = sac.sac_update(agent, batch, noise, args)
+        metrics = update(agent, batch, noise)
+        tolerance = {"rtol": 1e-4, "atol": 1e-6} if compiled else {"rtol": 0, "atol": 0}
+        assert_close(tensors, flat(expected), **tolerance)
+        assert_close(metrics, expected_metrics, **tolerance)
     torch.compiler.reset()
 
 
+@double
+def test_stacked_agents_learn_as_they_do_alone():
+    """torch.vmap over three agents gives the three updates, but for batched products' rounding."""
+    agents = [make_agent(seed) for seed in range(3)]
+    batch, noise = random_batch(3, 16), torch.randn(3, 2, 16, A)
+    update = partial(sac.sac_update, args=sac.Args(q_lr=1e-2, policy_lr=1e-2))
+    stacked = tree_map(lambda *tensors: torch.stack(tensors), *agents)
+    together = torch.vmap(update)(stacked, batch, noise)
+    for i, agent in enumerate(agents):
+        alone = update(agent, sac.Batch(*[x[i] for x in batch]), noise[i])
+        assert_close(tree_map(lambda x, i=i: x[i], together), alone, **near)
+
+
+@double
+def test_update_is_pure_and_changes_every_tensor():
+    """What goes in stays as it was; actor, critics, targets and temperature all come out new."""
+    given = make_agent(), random_batch(64), torch.randn(2, 64, A)
+    before = copy.deepcopy(given)
+    new, _ = sac.sac_update(*given, sac.Args())
+    assert_equal(given, before)
+    tensors = flat(new)
+    assert [path for path, x in flat(given[0]).items() if torch.equal(x, tensors[path])] == []
+
+
+@double
 @pytest.mark.parametrize("terminated", [1.0, 0.0], ids=["terminated", "time limit"])
 def test_only_a_termination_ends_the_return(terminated):
     """The critics' target is the reward after a termination; a time limit bootstraps from s'."""
-    args, (nets, agent) = sac.Args(gamma=0.9), make_agent()
+    args, agent = sac.Args(gamma=0.9), make_agent()
     batch, noise = random_batch(8), torch.randn(2, 8, A)
     batch = batch._replace(terminated=torch.full((8,), terminated))
-    _, metrics = sac.sac_update(agent, batch, noise, nets, args)
-    y = batch.reward
-    if not terminated:
-        action, log_prob = sac.sample_action(
-            nets, agent["actor"]["params"], batch.next_obs, noise[0]
-        )
-        critic = copy.deepcopy(nets["critic"])
-        critic.load_state_dict(agent["target"])
-        y = y + 0.9 * (torch.minimum(*critic(batch.next_obs, action)) - 0.3 * log_prob)
-    q1, q2 = nets["critic"](batch.obs, batch.action)
-    torch.testing.assert_close(metrics["q_loss"], ((q1 - y) ** 2 + (q2 - y) ** 2).mean().detach())
+    _, metrics = sac.sac_update(agent, batch, noise, args)
+    y = batch.reward if terminated else EagerSAC(agent, args).target_of(batch, noise[0])
+    q = sac.critic(agent["critic"]["params"], batch.obs, batch.action)
+    torch.testing.assert_close(metrics["q_loss"], ((q - y) ** 2).sum(0).mean())
 
 
-def test_update_changes_every_tensor_of_every_network():
-    """Actor, critics, targets and temperature all learn."""
-    nets, agent = make_agent()
-    batch, noise = random_batch(64), torch.randn(2, 64, A)
-    new, _ = sac.sac_update(agent, batch, noise, nets, sac.Args())
-    for path, tensor in flat(agent).items():
-        assert not torch.equal(tensor, flat(new)[path]), path
+@double
+def test_new_agent_starts_from_its_critics_and_alpha():
+    """Its targets are copies of its critics, its temperature the one asked for, moments zero."""
+    agent = sac.init_agent(S, A, 0.3, CPU)
+    assert_equal(agent["target"], agent["critic"]["params"])
+    assert agent["log_alpha"]["params"].exp().item() == pytest.approx(0.3)
+    for name in ("actor", "critic", "log_alpha"):
+        assert not any(x.any() for part in "mvt" for x in flat(agent[name][part]).values())
 
 
-def test_target_moves_by_tau_towards_the_new_critic():
-    """A target ends at (1 - tau) times itself plus tau times the critic after its step."""
-    nets, agent = make_agent()
-    args = sac.Args(tau=0.3, q_lr=0.1)
-    batch, noise = random_batch(16), torch.randn(2, 16, A)
-    new, _ = sac.sac_update(agent, batch, noise, nets, args)
-    critic = new["critic"]["params"]
-    expected = {name: 0.7 * old + 0.3 * critic[name] for name, old in agent["target"].items()}
-    assert_close(new["target"], expected)
-
-
-def test_targets_start_as_the_critics():
-    """A new agent's targets are its critics, its temperature the one asked for."""
-    nets = {"actor": sac.mlp(S, 2 * A), "critic": sac.Critic(S, A)}
-    agent = sac.sac_init(nets, 0.3, CPU)
-    assert_close(agent["target"], agent["critic"]["params"], rtol=0, atol=0)
-    assert agent["temperature"]["params"]["log_alpha"].exp().item() == pytest.approx(0.3)
-
-
-def test_temperature_is_kept_without_autotune():
-    """With autotune off the temperature and its moments stay; the actor still learns."""
-    nets, agent = make_agent()
-    batch, noise = random_batch(16), torch.randn(2, 16, A)
-    new, metrics = sac.sac_update(agent, batch, noise, nets, sac.Args(autotune=False))
-    assert_close(new["temperature"], agent["temperature"], rtol=0, atol=0)
-    assert metrics["alpha"].item() == pytest.approx(0.3)
-    assert not torch.equal(new["actor"]["params"]["0.weight"], agent["actor"]["params"]["0.weight"])
-
-
+@double
 @pytest.mark.parametrize(("target_entropy", "goal"), [(None, -A / 2), (-4.0, -4.0), (0.0, 0.0)])
-def test_temperature_follows_the_target_entropy(target_entropy, goal):
-    """The gradient is alpha (entropy - target); no target means -A / 2."""
-    nets, agent = make_agent()
-    batch, noise = random_batch(16), torch.randn(2, 16, A)
+def test_temperature_follows_the_target_entropy_or_is_kept(target_entropy, goal):
+    """Its gradient is alpha (entropy - target), no target is -A / 2; without autotune it stays."""
+    agent, batch, noise = make_agent(), random_batch(16), torch.randn(2, 16, A)
     args = sac.Args(target_entropy=target_entropy)
-    new, metrics = sac.sac_update(agent, batch, noise, nets, args)
-    gradient = new["temperature"]["m"]["log_alpha"] / 0.1  # its moment after the first step
+    new, metrics = sac.sac_update(agent, batch, noise, args)
+    gradient = new["log_alpha"]["m"] / 0.1  # its moment after the first step
     torch.testing.assert_close(gradient, 0.3 * (metrics["entropy"] - goal))
+    args.autotune = False
+    kept, _ = sac.sac_update(agent, batch, noise, args)
+    assert_equal(kept["log_alpha"], agent["log_alpha"])
+    assert_equal(kept["actor"], new["actor"])
 
 
-def test_sac_update_changes_nothing_it_is_given():
-    """Agent, batch and noise are the same after the update as before."""
-    nets, agent = make_agent()
-    batch, noise = random_batch(16), torch.randn(2, 16, A)
-    given = {"agent": agent, "batch": batch, "noise": noise}
-    given["nets"] = {name: dict(net.state_dict()) for name, net in nets.items()}
-    before = copy.deepcopy(given)
-    sac.sac_update(agent, batch, noise, nets, sac.Args())
-    assert_close(given, before, rtol=0, atol=0)
+class Chain(gym.Env):
+    """From (t, p) = (0, 0), t grows by 1, p too if the action is positive; the task ends at t = 4.
+
+    Notes what it is given, and draws from the global generators.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, limit: int):
+        self.limit, self.seeds, self.actions, self.rewards = limit, [], [], []
+
+    def reset(self, seed=None, options=None):
+        self.state = np.zeros(2)
+        for part in (self.seeds, self.actions, self.rewards):
+            part.append(seed if part is self.seeds else [])
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        return self.state, {}
+
+    def step(self, action):
+        (t, p), a = self.state, float(action[0])
+        self.state = np.array([t + 1, p + (a > 0)])
+        self.actions[-1].append(a)
+        self.rewards[-1].append(t + (1 + p) * a)
+        return self.state, self.rewards[-1][-1], t + 1 == 4, t + 1 == self.limit, {}
 
 
-def test_stacked_agents_learn_as_they_do_alone():
-    """torch.vmap over three agents gives the three updates, but for batched products' rounding."""
-    args = sac.Args(q_lr=1e-2, policy_lr=1e-2)
-    agents = [make_agent(seed=seed)[1] for seed in range(3)]
-    nets, _ = make_agent()
-    batch, noise = random_batch(3, 16), torch.randn(3, 2, 16, A)
-    update = partial(sac.sac_update, nets=nets, args=args)
-    stacked = {
-        path: torch.stack([flat(agent)[path] for agent in agents]) for path in flat(agents[0])
-    }
-    together = torch.vmap(update)(unflatten(stacked), batch, noise)
-    for i, agent in enumerate(agents):
-        alone = update(agent, sac.Batch(*[x[i] for x in batch]), noise[i])
-        mine = {path: tensor[i] for path, tensor in flat(together).items()}
-        assert_close(mine, flat(alone), rtol=1e-6, atol=1e-8)
+def chain_agent(alpha: float) -> dict:
+    """A random agent for the chain, with a standard deviation of about 1/2."""
+    agent = sac.init_agent(2, 1, alpha, CPU)
+    weight, bias = agent["actor"]["params"][-1]
+    weight.mul_(0.1), bias.copy_(torch.tensor([0.1, 0.6]))
+    return agent
 
 
-def unflatten(tensors: dict) -> dict:
-    """Nested dicts of tensors named by path, as `flat` names them."""
-    tree = {}
-    for path, tensor in tensors.items():
-        *folders, name = path.strip("/").split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = tensor
-    return tree
+def exact_q(params: list, alpha: float, gamma: float):
+    """The policy's soft Q on the chain, backwards from its end, by sums over a grid of noise."""
+    noise = torch.linspace(-8, 8, 8001)[:, None]
+    density = torch.softmax(-(noise[:, 0] ** 2) / 2, 0)
+    values = torch.zeros(6, 6)  # V(t, p), zero at t = 4
+
+    def q(t, p, action):
+        on = torch.where(action > 0, values[t + 1, p + 1], values[t + 1, p])
+        return t + (1 + p) * action + gamma * on
+
+    for t in (3, 2, 1, 0):
+        for p in range(t + 1):
+            action, log_prob = sac.sample_action(params, torch.tensor([t, p]).float(), noise)
+            soft = q(t, p, action[:, 0]) - alpha * log_prob
+            values[t, p] = (density * soft).sum()
+    return q
 
 
-class TwoValues(nn.Module):
-    """Critics that say s + 2 a + 7 and s + 2 a + 5, of which the latter counts."""
+@pytest.mark.parametrize("limit", [9, 3], ids=["terminated", "time limit"])
+def test_critic_bias_of_an_exact_critic_is_zero(limit, monkeypatch):
+    """Over 800 sampled episodes the bias of the policy's own soft Q is 0 to 4 standard errors."""
+    env, agent, generator = Chain(limit), chain_agent(2.0), seeded()
+    params = agent["actor"]["params"]
+    q = exact_q(params, 2.0, 0.9)
 
-    def forward(self, obs, action):
-        value = (obs + 2 * action).squeeze(-1)
-        return torch.stack([value + 7, value + 5])
+    def exact(_, obs, action):
+        value = q(*obs.long().unbind(1), action[:, 0])
+        return torch.stack([value + 1, value])  # of the two, the lesser counts
+
+    monkeypatch.setattr(sac, "critic", exact)
+    episodes = [sac.play(env, params, 0, generator) for _ in range(800)]
+    biases = np.array([sac.critic_bias(agent, *episode, 0.9) for episode in episodes])
+    error = biases.std() / 800**0.5
+    assert 0 < error < 0.05
+    assert abs(biases.mean()) < 4 * error
 
 
 @pytest.mark.parametrize("terminated", [1.0, 0.0], ids=["terminated", "time limit"])
 def test_critic_bias_of_a_hand_computed_episode(terminated):
     """The bias is the mean of Q - G, where G has the entropy and, at a time limit, Q at the end."""
-    nets = {"actor": nn.Linear(1, 2), "critic": TwoValues()}
-    agent = {"actor": sac.adam_init(nets["actor"], CPU), "critic": {"params": {}}}
-    agent["temperature"] = {"params": {"log_alpha": torch.tensor(0.5).log()}}
+    weight, bias = torch.tensor([[1.0], [2.0]]).expand(2, 2, 1), torch.tensor([7.0, 5.0])
+    agent = {"critic": {"params": [(weight, bias[:, None, None])]}}  # s + 2 a + 7, s + 2 a + 5
+    agent["log_alpha"] = {"params": torch.tensor(0.5).log()}
     obs, action = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.1], [-0.2], [0.3]])
     ends = torch.tensor([0.0, 0.0, terminated])
-    reward, next_obs = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[2.0], [3.0], [4.0]])
-    episode = sac.Batch(obs, action, reward, next_obs, ends)
-    noise = torch.tensor([[0.5], [-1.0], [2.0], [-3.0]])
-    states = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    drawn, log_prob = sac.sample_action(nets, agent["actor"]["params"], states, noise)
-    bonus = [-0.5 * x for x in log_prob.tolist()]  # alpha times entropy, at s_0 to s_3
-    end = 0.0 if terminated else 4 + 2 * drawn[3].item() + 5 + bonus[3]
-    g2 = 3 + 0.9 * end
-    g1 = 2 + 0.9 * (g2 + bonus[2])
-    g0 = 1 + 0.9 * (g1 + bonus[1])
+    episode = sac.Batch(obs, action, torch.tensor([1.0, 2.0, 3.0]), obs + 1, ends)
+    g2 = 3 if terminated else 8.6
+    g1 = 2 + 0.9 * (g2 - 0.5 * -0.6)
+    g0 = 1 + 0.9 * (g1 - 0.5 * 0.4)
     expected = ((6.2 - g0) + (6.6 - g1) + (8.6 - g2)) / 3
-    bias = sac.critic_bias(agent, nets, 0.9, episode, noise)
-    assert bias == pytest.approx(expected)
+    log_prob = torch.tensor([9.0, 0.4, -0.6])  # the first belongs to no return
+    assert sac.critic_bias(agent, episode, log_prob, 0.9) == pytest.approx(expected)
 
 
-def test_adam_starts_from_the_networks_parameters():
-    """Its state begins at the network's own parameters, no moments and step 0."""
-    net = sac.mlp(S, A)
-    learner = sac.adam_init(net, CPU)
-    assert_close(learner["params"], dict(net.state_dict()), rtol=0, atol=0)
-    assert not any(tensor.any() for part in "mv" for tensor in learner[part].values())
-    assert learner["t"] == 0
+def test_evaluation_plays_mean_actions_and_then_sampled_ones_for_the_bias():
+    """Returns are of the former, the bias is of the latter; no random number outside is used up."""
+    env, agent, args = Chain(9), chain_agent(0.5), sac.Args(eval_episodes=3, gamma=0.9)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    returns, bias = sac.evaluate(env, agent, args, 7)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == states
+    assert len(set(env.seeds)) == len(env.seeds) == 3 + sac.BIAS_EPISODES
+    assert returns == pytest.approx([sum(rewards) for rewards in env.rewards[:3]])
+    biases, net = [], as_module(agent["actor"]["params"]).requires_grad_(False)
+    for i, actions in enumerate(env.actions):
+        action = torch.tensor(actions)[:, None]
+        p = action[:, 0].gt(0).cumsum(0)
+        states = torch.stack([torch.arange(5), torch.cat([torch.zeros(1), p])], 1).float()
+        mean, raw = net(states[:4]).chunk(2, 1)
+        if i < 3:
+            torch.testing.assert_close(action, torch.tanh(mean))
+            continue
+        distribution = Normal(mean, (-4 + 6 * torch.tanh(raw)).exp())
+        distribution = TransformedDistribution(distribution, [TanhTransform()])
+        reward, ends = torch.tensor(env.rewards[i]), torch.tensor([0.0, 0.0, 0.0, 1.0])
+        episode = sac.Batch(states[:4], action, reward, states[1:], ends)
+        biases.append(sac.critic_bias(agent, episode, distribution.log_prob(action)[:, 0], 0.9))
+    assert bias == pytest.approx(np.mean(biases), rel=1e-3)
+    assert env.actions[3] != env.actions[4]
+    assert sac.evaluate(env, agent, args, 7) == (returns, bias)
+    assert sac.evaluate(env, agent, args, 8)[1] != bias
 
 
-def test_in_place_writes_the_new_state_over_the_old():
-    """The state's own tensors get what the pure function returns; none shares memory at first."""
-    nets = {"actor": sac.mlp(S, 2 * A), "critic": sac.Critic(S, A)}
-    agent, batch = sac.sac_init(nets, 1.0, CPU), random_batch(8)
-    tensors, noise = flat(agent), torch.randn(2, 8, A)
-    assert len({x.data_ptr() for x in tensors.values()}) == len(tensors)
-    settings = {"nets": nets, "args": sac.Args()}
-    new, expected = sac.sac_update(agent, batch, noise, **settings)
-    metrics = sac.in_place(sac.sac_update, agent, batch, noise, **settings)
-    assert_close(tensors, flat(new), rtol=0, atol=0)
-    assert_close(metrics, expected, rtol=0, atol=0)
+def test_loaded_policy_is_the_saved_actor(tmp_path):
+    """Its action is tanh(mean) or, sampled, tanh of numbers of the actor's mean and deviation."""
+    agent, obs = make_agent(), np.random.default_rng(0).normal(size=(6, S))
+    agent["actor"]["params"][-1][0].mul_(0.1)
+    torch.save({"agent": agent}, tmp_path / "checkpoint.pt")
+    with torch.no_grad():
+        mean, raw = as_module(agent["actor"]["params"])(torch.tensor(obs).float()).chunk(2, 1)
+    mean, std = mean.numpy(), np.exp(-4 + 6 * np.tanh(raw.numpy()))
+    np.testing.assert_allclose(sac.load_policy(tmp_path)(obs), np.tanh(mean), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sac.load_policy(tmp_path)(obs[2]), np.tanh(mean[2]), rtol=1e-5)
+    sampled = sac.load_policy(tmp_path, sampled=True)(np.tile(obs, (3000, 1, 1)))
+    unit = (np.arctanh(sampled) - mean) / std
+    assert np.abs(unit.mean(0)).max() < 0.1  # 5 standard deviations
+    assert np.abs(unit.std(0) - 1).max() < 0.07
