@@ -939,7 +939,7 @@ def open_run(args: Args, settings: dict) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"--run-root {args.run_root}: {error}") from None
+        raise InputError(f"--run-root {args.run_root} can't be written: {error}") from None
     return run_dir
 
 
@@ -1003,8 +1003,9 @@ def set_up_torch(args: Args, device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.exp() + new, disable=not args.compile)(probe)
     except Exception as error:
-        said = [line for line in str(error).splitlines() if "rror" in line] or [repr(error)]
-        raise InputError(f"torch.compile fails: {said[0]}; mend it or give --no-compile") from None
+        lines = str(error).splitlines() or [repr(error)]
+        said = [*(line for line in lines if "error:" in line), *lines][0]  # a compiler's own words
+        raise InputError(f"torch.compile fails: {said}; mend it or give --no-compile") from None
 
 
 def train(args: Args, interrupts: Sequence = ()) -> dict:

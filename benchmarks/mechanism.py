@@ -2,35 +2,29 @@
 
     python benchmarks/mechanism.py                  one fit, by gradient steps
     python benchmarks/mechanism.py --later 500      and later fits, while the data grow
-    python benchmarks/mechanism.py scales           Var[s' - s] / Var[r] and rho, on fifteen tasks
+    python benchmarks/mechanism.py scales           of s' - s, r and s, on fifteen tasks: scales.csv
 
 A rollout starts at a state s of the replay buffer and takes a new action a. Its error can be
 measured exactly: set the simulator to s, take a, and compare. The data are N transitions by a
 uniform random policy, or by a run's own (--checkpoints). An ensemble of E members learns from them
 by the scripts' own functions, and its errors are measured on three sets:
 
-    rows          rows of the data that the fit holds out at random, among neighbours it learns from
+    rows          rows of the data that the fit holds out at random, among neighbors it learns from
     actions       the states of 2 in 5 rows of the data, each with a new action of the same policy
     episodes      5,000 transitions of other episodes
 
-Member e predicts s' and r with mean mu_e and deviation sigma_e. In each dimension i, with v_i the
-variance of s'_i - s_i, or of r, over the data, and means over members and transitions:
+Member e predicts y = [s', r] with mean mu_e and deviation sigma_e; v are the variances of s' - s
+and r over the data. With means E over members and transitions, and then over dimensions i, without
+those in which s' - s never varies:
 
-    error_i       E[(mu_e - [s', r])_i^2] / v_i                 of the mean prediction
-    sampled_i     error_i + E[sigma_e,i^2] / v_i                of the samples that rollouts take
-    nll_i         E[(mu_e - [s', r])_i^2 / sigma_e,i^2 + log(sigma_e,i^2 / v_i)]
+    reward        E[(mu_e - r)^2] / v_r                             1: no better than the mean
+    change        E[(mu_e - s')_i^2 + sigma_e,i^2] / v_i            1: no better than s + the mean
+    mean_change   E[(mu_e - s')_i^2] / v_i                          of means; rollouts take samples
+    nll           E[(mu_e - y)_i^2 / sigma_e,i^2 + log(sigma_e,i^2 / v_i)]
 
-    reward        error of r; 1 is no better than the mean reward
-    change        sampled_i, mean over the dimensions of s'; 1: no better than s + the mean change
-    mean_change   error_i, mean over the dimensions of s'
-    nll           nll_i, mean over all dimensions
-
-Dimensions in which s' - s never varies are left out. A task is refused if an action taken again
-from the same simulator state leads elsewhere: it keeps state outside of MuJoCo's mjData.
-
-A cell is a name in CELLS, or a command line: --cells "mbpo_ftfl --model-lr 3e-4" build/mine. Fits
-are kept in OUT/errors.csv and not made again. OUT/summary.md, also printed, has reward / change on
-`actions`, OUT/tables.md on all sets; OUT/errors.png draws single fits on `actions`.
+A task is refused if an action, taken again from the same simulator state, leads elsewhere. A cell
+is a name in CELLS, or a command line: --cells "mbpo_ftfl --model-lr 3e-4" build/mine. Fits are kept
+in OUT/errors.csv and not made again; OUT/summary.md and OUT/errors.png show all that are there.
 """
 
 import itertools
@@ -42,7 +36,6 @@ from pathlib import Path
 
 import gymnasium as gym
 import joblib
-import matplotlib
 import mujoco
 import numpy as np
 import pandas as pd
@@ -50,17 +43,13 @@ import seaborn as sns
 import torch
 from common import RESULTS, InputError, load_script, markdown, parse, run_tool
 from diffs import write
-from torch import Tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-matplotlib.use("Agg")  # pictures without a display
 TASKS = "dmc/walker-run dmc/humanoid-stand dmc/quadruped-walk dmc/hopper-stand dmc/finger-spin"
-TASKS += " HalfCheetah-v5"
-SUITE = "hopper-hop hopper-stand humanoid-stand humanoid-walk humanoid-run quadruped-run"
-SUITE += " quadruped-walk walker-run cheetah-run cartpole-swingup"
-GYM = " Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5"
-FIFTEEN = " ".join(f"dmc/{task}" for task in SUITE.split()) + GYM
+FIFTEEN = """dmc/hopper-hop dmc/hopper-stand dmc/humanoid-stand dmc/humanoid-walk dmc/humanoid-run
+dmc/quadruped-run dmc/quadruped-walk dmc/walker-run dmc/cheetah-run dmc/cartpole-swingup
+Hopper-v5 Walker2d-v5 HalfCheetah-v5 Ant-v5 Humanoid-v5"""
 CELLS = {  # name: script and options
     "raw s' - s": "mbpo",
     "raw s'": "mbpo_residual_ablation --no-normalize-targets --no-predict-residual",
@@ -69,14 +58,12 @@ CELLS = {  # name: script and options
     "ridge": "build/mbpo_ftfl_ridge",
 }
 FIT = ["task", "data", "schedule", "members", "cell", "beta", "seed"]  # which fit it is
-ROW = [*FIT, "transitions", "updates", "set"]  # and where it is measured
-KEYS = {"errors": ROW, "dimensions": [*ROW, "dimension"]}
-CPU = torch.device("cpu")
+PLACE = ["transitions", "updates", "set"]  # and where it is measured
 
 
 @dataclass
 class Options:
-    tasks: tuple[str, ...] = (*TASKS.split(),)  # with a uniform random policy
+    tasks: tuple[str, ...] = (*TASKS.split(), "HalfCheetah-v5")  # with a uniform random policy
     checkpoints: tuple[Path, ...] = ()  # run folders, each for its task and its sampled policy
     cells: tuple[str, ...] = ("raw s' - s", "unit s' - s", "unit s'", "ridge")  # what is fitted
     betas: tuple[float, ...] = (0.0, 0.5)  # each as --model-beta
@@ -89,17 +76,11 @@ class Options:
     every: int = 1000  # with --later: new transitions between fits
     at: tuple[int, ...] = (5000, 10_000, 20_000)  # with --later: transitions to measure at
     fresh: bool = False  # with --later: a new ensemble, and --first, whenever the data have doubled
-    dimensions: bool = False  # write error, sampled and nll by dimension, too: OUT/dimensions.csv
+    dimensions: bool = False  # write errors by dimension, too, to OUT/dimensions.csv
+    sets: tuple[str, ...] = ("actions",)  # sets to show in the table
     jobs: int = 2  # fits at a time, one process with one thread each
     compile: bool = True  # compile the update with torch.compile
     out: Path = RESULTS / "mechanism"  # folder of the results
-
-
-@dataclass
-class Scales:
-    tasks: tuple[str, ...] = (*FIFTEEN.split(),)  # tasks
-    transitions: int = 20_000  # transitions of a uniform random policy
-    out: Path = RESULTS / "mechanism"  # scales.csv is written there
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -110,26 +91,22 @@ def simulator(env: gym.Env) -> list:
     return [getattr(part, "ptr", part) for part in parts]
 
 
-def collect(task: str, run: Path | None, count: int, seed: int = 0, asked: bool = True) -> list:
-    """Rows [N, 2S + A + 2]; if asked, of new actions [M, 2S + A + 2], at which rows [M]; float64.
+def step(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, bool]:
+    """The row [s, a, r, s', terminated] [2S + A + 2], float64, and whether the episode is over."""
+    next_obs, reward, terminated, truncated, _ = env.step(action)
+    return np.hstack([obs, action, reward, next_obs, terminated]), terminated or truncated
 
-    Actions are uniformly random, or a run's sampled ones.
-    """
+
+def collect(task: str, run: Path | None, count: int, seed: int = 0, asked: bool = True) -> list:
+    """Rows [N, 2S + A + 2] and, if asked, those of new actions [M, 2S + A + 2], in float64."""
     script = load_script("mbpo.py")
     env, sim = script.make_env(task), script.make_env(task)
     if asked and len(simulator(sim)) < 2:
-        raise script.InputError(f"{task} can't be measured: it is no task of MuJoCo")
-    size = env.action_space.shape
-    act = (
-        script.load_policy(run, sampled=True) if run else lambda _: torch.rand(size).numpy() * 2 - 1
-    )
+        raise InputError(f"{task} can't be measured: it is no task of MuJoCo")
+    trained = run and script.load_policy(run, sampled=True)
+    act = trained or (lambda _: 2 * torch.rand(env.action_space.shape).numpy() - 1)
     torch.manual_seed(seed)  # of all actions
-    rows, others, numbers, over, sim_over = [], [], [], True, True
-
-    def step(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, bool]:
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        return np.hstack([obs, action, reward, next_obs, terminated]), terminated or truncated
-
+    rows, others, over, sim_over = [], [], True, True
     for t in range(count):
         if over:
             obs, _ = env.reset(seed=script.derive_seed(seed, t))
@@ -141,28 +118,20 @@ def collect(task: str, run: Path | None, count: int, seed: int = 0, asked: bool 
                 mujoco.mj_copyData(simulator(sim)[1], *simulator(env))
                 other, (again, sim_over) = again, step(sim, obs, a)
             others.append(other)
-            numbers.append(t)
         row, over = step(env, obs, action)
         if again is not None and not np.allclose(again, row, rtol=1e-6, atol=1e-6):
             gap = f"an action taken again gives another s' or r, by {np.abs(again - row).max():.2g}"
-            raise script.InputError(f"{task} can't be measured: {gap}; it has state outside mjData")
+            raise InputError(f"{task} can't be measured: {gap}; it has state outside mjData")
         rows.append(row)
         obs = row[-1 - len(obs) : -1]
-    return [torch.as_tensor(np.array(part)) for part in (rows, others, numbers)]
+    return [torch.as_tensor(np.array(part)) for part in (rows, others)]
 
 
 @lru_cache(maxsize=1)  # the fits to one data set come one after another
 def data_of(task: str, run: Path | None, count: int) -> tuple:
-    """Rows of the data, of new actions, at which rows, rows of other episodes; float32."""
-    (rows, others, numbers), unseen = collect(task, run, count), collect(task, run, 5000, 1, False)
-    return rows.float(), others.float(), numbers, unseen[0].float()
-
-
-def variances(data) -> Tensor:
-    """v [S + 1]: variances of s' - s and r over a batch, float64; nan where nothing varies."""
-    change = torch.cat([data.next_obs - data.obs, data.reward[:, None]], -1).double()
-    variance = change.var(0, correction=0)
-    return variance.where(variance > 1e-24, torch.nan)
+    """Rows of the data, of new actions, of other episodes; in float32, as of the replay buffer."""
+    rows, others = collect(task, run, count)
+    return rows.float(), others.float(), collect(task, run, 5000, 1, False)[0].float()
 
 
 # --- Fits -----------------------------------------------------------------------------------------
@@ -173,12 +142,12 @@ def pose(task: str, cell: str, beta: float, members: int, compile: bool) -> tupl
     script = load_script(f"{name}.py")
     args = parse(script.Args, "a cell's script", [*words, "--model-beta", str(beta)])
     args = replace(args, ensemble_size=members, num_elites=members, device="cpu", compile=compile)
-    script.set_up_torch(script.check_args(args), CPU)
+    script.set_up_torch(script.check_args(args), "cpu")
     return script, args, script.compiled_update(script.model_update, args)
 
 
 def plan(options: Options) -> tuple[str, list, dict]:
-    """Its name, fits (transitions, gradient steps, if new), {steps in all: transitions} to measure."""
+    """Name; fits (transitions, gradient steps, if new); {steps in all: transitions} of measures."""
     n, first, later, every = options.transitions, options.first, options.later, options.every
     if later is None:
         return "one fit", [(n, max(options.budgets), True)], dict.fromkeys(options.budgets, n)
@@ -188,102 +157,92 @@ def plan(options: Options) -> tuple[str, list, dict]:
         born, updates = (size, first) if new else (born, later)
         fits.append((size, updates, new))
         done += updates
-        if size in options.at:
-            places[done] = size
+        places |= {done: size} if size in options.at else {}
     return f"{first}, {later} every {every}" + ", fresh" * options.fresh, fits, places
 
 
-def errors_of(model: dict, data, unit: Tensor, script, args) -> dict[str, Tensor]:
-    """error, sampled and nll [S + 1] on a batch, float64; nan where v, here `unit` [S + 1], is."""
-    mean, std = (x.double() for x in script.predict(model, data.obs, data.action, args))
-    truth = torch.cat([data.next_obs, data.reward[:, None]], -1)
-    square, variance = (mean - truth) ** 2, std**2  # [E, B, S + 1]
-    nll = square / variance + (variance / unit).log()
-    error, spread, nll = (x.mean((0, 1)) for x in (square / unit, variance / unit, nll))
-    return {"error": error, "sampled": error + spread, "nll": nll}
+def measure(model: dict, batch, data, script, args) -> tuple[dict, dict]:
+    """The four numbers on a batch, given all data; and by dimension [S + 1], nan if left out."""
+    y, before = ([b.next_obs - b.obs, b.reward[:, None]] for b in (batch, data))
+    y, before = (torch.cat(part, -1).double() for part in (y, before))
+    v = before.var(0, correction=0)
+    v = v.where(v > 1e-24, torch.nan)
+    mean, std = (x.double() for x in script.predict(model, batch.obs, batch.action, args))
+    mean[..., :-1] -= batch.obs
+    error, spread = (mean - y) ** 2, std**2  # [E, B, S + 1]
+    nll = (error / spread + (spread / v).log()).mean((0, 1))
+    error, spread = error.mean((0, 1)) / v, spread.mean((0, 1)) / v
+    means = {"reward": error[-1], "change": (error + spread)[:-1].nanmean()}
+    means |= {"mean_change": error[:-1].nanmean(), "nll": nll.nanmean()}
+    return means, {"error": error, "spread": spread, "nll": nll}
 
 
-def fit(task: str, run: Path | None, cell: str, beta: float, seed: int, options: Options) -> dict:
+def fit(key: tuple, run: Path | None, options: Options) -> dict:
     """All fits of an ensemble, in a worker: its rows of each CSV file."""
     torch.set_num_threads(1)
-    schedule, fits, places = plan(options)
-    rows, others, numbers, unseen = data_of(task, run, fits[-1][0])
-    script, args, update = pose(task, cell, beta, options.members, options.compile)
+    task, _, _, members, cell, beta, seed = key
+    _, fits, places = plan(options)
+    rows, others, unseen = data_of(task, run, fits[-1][0])
+    script, args, update = pose(task, cell, beta, members, options.compile)
     env = script.make_env(task)
     sizes = [env.observation_space.shape[0], env.action_space.shape[0]]  # S, A
-    unpack = script.ReplayBuffer(1, *sizes, CPU).unpack
-    generator, held = torch.Generator().manual_seed(seed), torch.Generator()
+    parts = getattr(env.unwrapped.observation_space, "spaces", {"s": env.observation_space})
+    names = [f"{k}[{i}]" for k, v in parts.items() for i in range(int(np.prod(v.shape)))] + ["r"]
+    unpack = script.ReplayBuffer(1, *sizes, "cpu").unpack
+    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for the initial weights
-    key = [task, run.name if run else "random", schedule, options.members, cell, beta, seed]
-    key, snapshots, counter = dict(zip(FIT, key, strict=True)), {}, itertools.count(1)
+    snapshots, counter, tables = {}, itertools.count(1), {"dimensions": [], "errors": []}
 
-    def counted(learner: dict, *batch: Tensor) -> Tensor:
+    def counted(learner: dict, *batch: torch.Tensor) -> torch.Tensor:
         loss, done = update(learner, *batch), next(counter)
         if done in places:
-            snapshots[done] = tree_map(Tensor.clone, learner["params"])
+            snapshots[done] = tree_map(torch.clone, learner["params"])
         return loss
 
-    errors, dimensions = [], []
     for n, updates, new in fits:
         if new:
-            shape = options.members, sum(sizes), sizes[0] + 1, args.model_hidden
-            learner = script.adam_init(script.init_ensemble(*shape), CPU)
-        held.set_state(generator.get_state())
-        _, holdout = script.split(n, args, held)  # as the fit is about to draw it
+            shape = members, sum(sizes), sizes[0] + 1, args.model_hidden
+            learner = script.adam_init(script.init_ensemble(*shape), "cpu")
+        _, holdout = script.split(n, args, generator.clone_state())  # as the fit will draw it
         data = unpack(rows[:n])
         model, _ = script.fit_ensemble(learner, data, updates, counted, args, generator)
-        sets = {"rows": rows[holdout], "actions": others[numbers < n], "episodes": unseen}
+        sets = {"rows": rows[holdout], "actions": others[: 2 * n // 5], "episodes": unseen}
         for (done, params), (name, part) in itertools.product(snapshots.items(), sets.items()):
-            now = model | {"learner": {"params": params}, "elites": torch.arange(options.members)}
-            each = errors_of(now, unpack(part), variances(data), script, args)
-            place = key | {"transitions": n, "updates": done, "set": name}
-            means = {"reward": each["error"][-1], "change": each["sampled"][:-1].nanmean()}
-            means |= {"mean_change": each["error"][:-1].nanmean(), "nll": each["nll"].nanmean()}
-            errors.append(place | {k: float(v) for k, v in means.items()})
-            dimensions.append(pd.DataFrame({"dimension": names(env), **each}).assign(**place))
+            now = model | {"learner": {"params": params}, "elites": torch.arange(members)}
+            means, each = measure(now, unpack(part), data, script, args)
+            place = dict(zip([*FIT, *PLACE], [*key, n, done, name], strict=True))
+            tables["errors"].append(pd.DataFrame([place | {k: v.item() for k, v in means.items()}]))
+            each = pd.DataFrame({**place, "dimension": names, **each})
+            tables["dimensions"].append(each.dropna())
         snapshots.clear()
-    return {"dimensions": pd.concat(dimensions).dropna(), "errors": pd.DataFrame(errors)}
-
-
-def names(env: gym.Env) -> list[str]:
-    """The dimensions of [s', r], by the task's names for parts of s, if it has any."""
-    space = env.unwrapped.observation_space
-    parts = space if isinstance(space, gym.spaces.Dict) else {"s": space}
-    sizes = {name: int(np.prod(part.shape)) for name, part in parts.items()}
-    return [f"{name}[{i}]" for name, size in sizes.items() for i in range(size)] + ["r"]
+    return {name: pd.concat(table) for name, table in tables.items()}
 
 
 # --- Results --------------------------------------------------------------------------------------
 def read(file: Path) -> pd.DataFrame:
-    """A CSV file, or a table without rows."""
-    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=KEYS[file.stem])
+    """A CSV file without the rows that newer ones replace, or a table without rows."""
+    table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*FIT, *PLACE])
+    names = table.columns.intersection([*FIT, *PLACE, "dimension"])
+    return table.drop_duplicates(names, keep="last")
 
 
-def add(rows: pd.DataFrame, file: Path) -> None:
-    """Adds rows to a CSV file, in the place of those of the same key, in one step."""
-    table = pd.concat([part for part in (read(file), rows) if len(part)])
-    table = table.drop_duplicates(KEYS[file.stem], keep="last").sort_values(KEYS[file.stem])
-    table.to_csv(file.with_suffix(".tmp"), index=False, float_format="%.5g")
-    file.with_suffix(".tmp").replace(file)
-
-
-def tabulate(errors: pd.DataFrame) -> str:
-    """Reward / change, means over seeds, a column for each cell and beta, in Markdown."""
-    cell = errors.cell + np.where(errors.beta > 0, ", beta " + errors.beta.astype(str), "")
-    rows = ["task", "data", "schedule", "members", "transitions", "updates", "set"]
-    rows = [name for name in rows if name == "task" or errors[name].nunique() > 1]
-    mean = errors.groupby([*rows, cell])[["reward", "change"]].mean().map("{:.3g}".format)
-    return markdown((mean.reward + " / " + mean.change).unstack().fillna("").reset_index())
-
-
-def draw(errors: pd.DataFrame, file: Path) -> None:
-    """Errors by gradient steps, means over seeds."""
-    errors = errors.melt(ROW, ["reward", "change"], "part", "error")
-    curves = {"x": "updates", "y": "error", "hue": "cell", "style": "beta"}
-    how = {"kind": "line", "errorbar": None, "facet_kws": {"sharey": False}, "height": 2.5}
-    grid = sns.relplot(errors, row="part", col="task", **curves, **how)
-    grid.set(xscale="log", yscale="log", xlabel="gradient steps").refline(y=1, lw=0.7)
-    grid.set_titles("{row_name}, {col_name}").savefig(file, dpi=100)
+def present(errors: pd.DataFrame, options: Options) -> None:
+    """A table of reward / change, and curves on `actions`: means over seeds."""
+    shown = errors[errors.set.isin(options.sets)]
+    rows = [name for name in [*FIT[:4], *PLACE] if name == "task" or shown[name].nunique() > 1]
+    cell = shown.cell + np.where(shown.beta > 0, ", beta " + shown.beta.astype(str), "")
+    mean = shown.groupby([*rows, cell])[["reward", "change"]].mean().map("{:.3g}".format)
+    table = markdown((mean.reward + " / " + mean.change).unstack().fillna("").reset_index())
+    (options.out / "summary.md").write_text(f"{table}\n")
+    print(table)
+    lines = errors.query("set == 'actions' and schedule == 'one fit' and data == 'random'")
+    if len(lines):
+        lines = lines.melt([*FIT, *PLACE], ["reward", "change"], "part", "error")
+        curves = {"x": "updates", "y": "error", "hue": "cell", "style": "beta"}
+        how = {"kind": "line", "errorbar": None, "facet_kws": {"sharey": False}, "height": 2.5}
+        grid = sns.relplot(lines, row="part", col="task", **curves, **how)
+        grid.set(xscale="log", yscale="log", xlabel="gradient steps").refline(y=1, lw=0.7)
+        grid.set_titles("{row_name}, {col_name}").savefig(options.out / "errors.png", dpi=100)
 
 
 def run(options: Options) -> None:
@@ -303,55 +262,45 @@ def run(options: Options) -> None:
     for cell, beta in itertools.product(options.cells, options.betas):
         pose("", cell, beta, options.members, False)
 
-    file = options.out / ("dimensions.csv" if options.dimensions else "errors.csv")
-    done = {*read(file)[[*FIT, "updates", "transitions"]].itertuples(index=False, name=None)}
-    schedule, _, places = plan(options)
-    fits = []
-    for each in itertools.product(sets, options.cells, options.betas, options.seeds):
-        (task, folder), *rest = each
+    options.out.mkdir(parents=True, exist_ok=True)
+    held = read(options.out / ("dimensions.csv" if options.dimensions else "errors.csv"))
+    done = {*held[[*FIT, "updates", "transitions"]].itertuples(index=False, name=None)}
+    (schedule, _, places), fits = plan(options), []
+    cells = itertools.product(sets, options.cells, options.betas, options.seeds)
+    for (task, folder), *rest in cells:
         key = task, folder.name if folder else "random", schedule, options.members, *rest
         if not {(*key, *place) for place in places.items()} <= done:
-            fits.append((task, folder, *rest))
-    options.out.mkdir(parents=True, exist_ok=True)
-    pool = joblib.Parallel(options.jobs, return_as="generator_unordered")
-    results = pool(joblib.delayed(fit)(*each, options) for each in fits)
+            fits.append(joblib.delayed(fit)(key, folder, options))
+    results = joblib.Parallel(options.jobs, return_as="generator_unordered")(fits)
     for tables in tqdm(results, total=len(fits), disable=None):
         for name in ["dimensions"] * options.dimensions + ["errors"]:
-            add(tables[name], options.out / f"{name}.csv")
+            file = options.out / f"{name}.csv"
+            tables[name].to_csv(file, mode="a", header=not file.exists(), index=False)
 
-    errors = read(options.out / "errors.csv")
-    asked = errors[errors.set == "actions"]
-    (options.out / "tables.md").write_text(tabulate(errors) + "\n")
-    (options.out / "summary.md").write_text(tabulate(asked) + "\n")
-    print(tabulate(asked))
-    if len(single := asked.query("schedule == 'one fit' and data == 'random'")):
-        draw(single, options.out / "errors.png")
+    present(read(options.out / "errors.csv"), options)
 
 
-def scales(options: Scales) -> None:
-    """Writes by task Var[s' - s], the mean over dimensions, over Var[r]; and rho.
-
-    rho_i is the correlation of s_i and s'_i: its least, its median, and the share below 0.
-    """
-    table, script = [], load_script("mbpo.py")
+def scales(options: Options) -> None:
+    """Writes Var[s' - s] / Var[r] and the correlations rho_i of s_i and s'_i."""
+    table = []
     for task in options.tasks:
-        env, rows = script.make_env(task), collect(task, None, options.transitions, 0, False)[0]
-        sizes = env.observation_space.shape[0], env.action_space.shape[0]
-        data = script.ReplayBuffer(1, *sizes, CPU).unpack(rows)
-        *change, reward = variances(data).numpy()
-        both = (x[:, np.isfinite(change)].numpy().T for x in (data.obs, data.next_obs))
-        rho = np.array([np.corrcoef(s, after)[0, 1] for s, after in zip(*both, strict=True)])
-        numbers = [np.nanmean(change) / reward, rho.min(), np.median(rho), (rho < 0).mean()]
-        table.append([task, *numbers])
-        print(*table[-1], flush=True)
-    columns = ["task", "residual_over_reward", "rho_min", "rho_median", "rho_negative"]
+        S = load_script("mbpo.py").make_env(task).observation_space.shape[0]
+        rows = collect(task, None, options.transitions, 0, False)[0].numpy()
+        s, after, reward = rows[:, :S], rows[:, -1 - S : -1], rows[:, -2 - S]
+        change = (after - s).var(0)
+        pairs = zip(s.T[change > 1e-24], after.T[change > 1e-24], strict=True)
+        rho = np.array([np.corrcoef(*pair)[0, 1] for pair in pairs])
+        ratio = change[change > 1e-24].mean() / reward.var()
+        table.append([task, ratio, rho.min(), np.median(rho), (rho < 0).mean()])
     options.out.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(table, columns=columns).sort_values("task")
+    columns = ["task", "residual_over_reward", "rho_min", "rho_median", "rho_negative"]
+    table = pd.DataFrame(table, columns=columns)
     table.to_csv(options.out / "scales.csv", index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":
-    from mechanism import Options, Scales, run, scales  # by names that workers find
+    from mechanism import Options, run, scales  # by names that workers find
 
-    tool = (scales, Scales) if sys.argv[1:2] == ["scales"] else (run, Options)
-    run_tool(*tool, __doc__, sys.argv[1 + (tool[0] is scales) :])
+    scale = sys.argv[1:2] == ["scales"]
+    given = Options(tasks=(*FIFTEEN.split(),), transitions=20_000) if scale else Options()
+    run_tool(scales if scale else run, Options, __doc__, sys.argv[1 + scale :], default=given)

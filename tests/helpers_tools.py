@@ -29,6 +29,6 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     """Evaluations and all of the checkpoint are equal to the bit, but for seconds and settings."""
     assert read_evaluations(one) == read_evaluations(other)
     ours, theirs = read_checkpoint(one), read_checkpoint(other)
-    assert ours["progress"][:2] == theirs["progress"][:2]
+    assert all(ours["progress"][x] == theirs["progress"][x] for x in ("step", "episode"))
     for part in (ours.keys() | theirs.keys()) - {"settings", "progress"}:
         assert same(ours[part], theirs[part]), part

@@ -1,4 +1,4 @@
-"""The command line, what a run writes, and the tasks it can be given."""
+"""The command line, what a run writes, and what is told of it."""
 
 import importlib.util
 import inspect
@@ -8,65 +8,83 @@ import shutil
 import subprocess
 import sys
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from helpers_run import (
     ROOT,
     SCRIPTS,
+    Outcome,
     fields,
     flags,
     folder_of,
     one_error,
-    read_checkpoint,
     read_evaluations,
     read_scalars,
+    run,
     same,
+    same_learning,
     small,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mbpo
+import mbpo_ftfl
 import mbpo_residual_ablation
 import sac
 
 OTHER = "mps" if torch.cuda.is_available() else "cuda"  # a device that is not here
-HERE = "test_cli:Made-v0"  # a task of this file
 one_of_each = pytest.mark.parametrize("script", [sac, mbpo], ids=["sac", "mbpo"])
+NONE_NEAR = "no such task: ids are dmc/<domain>-<task>, Gymnasium's, and <module>:<id>"
 
 BAD = [  # flags, and what the line must say
     ("--env-id dmc/walker-rum", "did you mean dmc/walker-run"),
-    ("--env-id walker-run", "dmc/walker-run"),
-    ("--env-id Hopper", "did you mean Hopper-v5"),
-    ("--env-id NoSuchEnv-v0", "NoSuchEnv-v0: no such task"),
+    ("--env-id Hopper", "did you mean Hopper-v"),
+    ("--env-id environments:Pointe-v0", "did you mean environments:Point-v0"),
+    ("--env-id NoSuchEnv-v0", f"--env-id NoSuchEnv-v0: {NONE_NEAR}"),
+    ("--env-id ALE/Pong-v5", f"--env-id ALE/Pong-v5: {NONE_NEAR}"),
+    ("--env-id /tmp/", f"--env-id /tmp/: {NONE_NEAR}"),
     ("--env-id no_such_module:Point-v0", "No module named 'no_such_module'"),
-    ("--env-id CartPole-v1", "not Discrete"),
-    ("--env-id dmc/lqr-lqr_2_1", "needs bounded Box actions"),
-    ("--total-timesteps 0", "--total-timesteps must be a whole number, at least 1, not 0"),
+    ("--env-id dmc/lqr-lqr_2_1", "actions must be bounded"),
+    ("--total-timesteps 0", "--total-timesteps must be at least 1, not 0"),
     ("--total-timesteps 39", "--total-timesteps must be at least --learning-starts, not 39"),
+    ("--eval-frequency -1", "--eval-frequency must be 0 or more, not -1"),
     ("--gamma nan", "--gamma must be above 0 and at most 1, not nan"),
     ("--tau 1.5", "--tau must be above 0 and at most 1, not 1.5"),
     ("--policy-lr 0", "--policy-lr must be above 0 and finite, not 0.0"),
     ("--q-lr inf", "--q-lr must be above 0 and finite, not inf"),
+    ("--target-entropy nan", "--target-entropy must be a finite number, not nan"),
     ("--seed -1", "--seed must be from 0 to 2^63 - 1, not -1"),
     ("--seed 9223372036854775808", "--seed must be from 0 to 2^63 - 1, not 9223372036854775808"),
     (f"--device {OTHER}", "--device must be one that is here (c"),
-    ("--buffer-size 1000000000000", "replay buffer"),
+    ("--buffer-size 1000000000000", "replay buffers need"),
+    ("--run-root {root}/file/below", "--run-root {root}/file/below: "),
+    ("--run-root /proc/none", "--run-root /proc/none: "),
 ]
 BAD_MODEL = [
-    ("--num-elites 9", "--num-elites must be from 1 to --ensemble-size, not 9"),
+    ("--num-elites 9", "--num-elites must be at most --ensemble-size, not 9"),
     ("--model-patience 0", "--model-patience must be at least 1, not 0"),
+    ("--model-beta 2", "--model-beta must be from 0 to 1, not 2.0"),
     ("--real-ratio 1", "--real-ratio must be at least 0 and below 1, not 1.0"),
-    ("--batch-size 16 --real-ratio 0.05", "--batch-size must be 1 / --real-ratio or more, not 16"),
+    ("--batch-size 16", "--batch-size must be at least 1 / --real-ratio, not 16"),
     ("--holdout-ratio 1", "--holdout-ratio must be above 0 and below 1, not 1.0"),
-    ("--learning-starts 4", "--learning-starts must be"),
-    ("--buffer-size 4", "--buffer-size must be"),
-    ("--rollout-schedule 10 5 1 1", "--rollout-schedule must be START < END, FROM, TO > 0"),
-    ("--rollout-schedule 0 1 0 1", "--rollout-schedule must be START < END, FROM, TO > 0"),
-    ("--rollouts-per-step 1000000000", "replay buffer"),
+    ("--learning-starts 4", "--learning-starts must be at least 1 / --holdout-ratio, not 4"),
+    ("--buffer-size 4", "--buffer-size must be at least 1 / --holdout-ratio, not 4"),
+    ("--rollout-schedule 10 5 1 1", "--rollout-schedule must be START END FROM TO, with START < END"),
+    ("--rollout-schedule 0 1 0 1", "--rollout-schedule must be START END FROM TO, with START < END"),
+    ("--rollouts-per-step 1000000000", "replay buffers need"),
     ("--env-id HumanoidStandup-v5", "--never-terminates"),
+]
+TYPES = [  # from Python, where nothing is read from words
+    ({"gamma": "x"}, "--gamma must be of type float, not 'x'"),
+    ({"seed": True}, "--seed must be of type int, not True"),
+    ({"seed": 1.0}, "--seed must be of type int, not 1.0"),
+    ({"model_patience": 2.5}, "--model-patience must be of type"),
+    ({"env_id": None}, "--env-id must be of type str, not None"),
+    ({"compile": 0}, "--compile must be of type bool, not 0"),
+    ({"precision": "half"}, "--precision must be exact or fast, not 'half'"),
+    ({"rollout_schedule": 5}, "--rollout-schedule must be"),
+    ({"rollout_schedule": (0, 1, 1, "2")}, "--rollout-schedule must be"),
 ]
 
 
@@ -74,7 +92,8 @@ BAD_MODEL = [
 def test_bad_input_is_one_line(words, said, refused, tmp_path):
     """What can't be done ends before anything is written, with a line that says why."""
     (tmp_path / "file").write_text("in the way")
-    assert said in refused(sac, [*flags(small("sac")), *words.format(root=tmp_path).split()])
+    words, said = (text.replace("{root}", str(tmp_path)) for text in (words, said))
+    assert said in refused(sac, [*flags(small("sac")), *words.split()])
 
 
 @pytest.mark.parametrize(("words", "said"), BAD_MODEL)
@@ -83,13 +102,36 @@ def test_bad_input_of_the_model_is_one_line(words, said, refused):
     assert said in refused(mbpo, [*flags(small("mbpo")), *words.split()])
 
 
-def test_an_unknown_flag_is_named(main, tmp_path):
-    """A flag that a script doesn't have ends it with exit code 2."""
-    code, _, err = main(sac, ["--no-such-flag", "3"])
+@pytest.mark.parametrize(("changes", "said"), TYPES)
+def test_a_value_of_another_type_is_refused(changes, said, tmp_path):
+    """From Python, too, settings are checked before anything is written."""
+    args = mbpo.Args(**small("mbpo", run_root=str(tmp_path)) | changes)
+    with pytest.raises(mbpo.InputError) as error:
+        mbpo.train(args)
+    assert str(error.value).startswith(said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["--no-such-flag 3", "--precision half", "--seed 1.5"])
+def test_words_that_no_flag_takes(words, main, tmp_path):
+    """A flag that a script doesn't have, or a word that it can't read, ends with exit code 2."""
+    code, _, err = main(sac, words.split())
     assert code == 2
-    assert "--no-such-flag" in err
+    assert words.split()[0] in err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_in_scientific_notation(main, tmp_path):
+    """1e2 is 100 for whole numbers; all other words stay as they are."""
+    words = flags(small("sac", exp_name="of1e2", total_timesteps="1e2", learning_starts="4e1"))
+    words += ["--alpha", "1.5e1", "--q-lr=3e-4", "--buffer-size=1e3", "--checkpoint-frequency", "70"]
+    code, out, err = main(sac, words)
+    assert (code, err) == (0, "")
+    assert "100 steps are done" in out
+    saved = torch.load(folder_of(tmp_path, "of1e2") / "checkpoint.pt")["settings"]
+    assert (saved["learning_starts"], saved["buffer_size"]) == (40, 1000)
+    assert (saved["alpha"], saved["q_lr"], saved["exp_name"]) == (15, 3e-4, "of1e2")
 
 
 def memory_of(size: int):
@@ -119,129 +161,27 @@ def test_a_package_that_is_missing_is_named(refused, monkeypatch):
     assert "pip install wandb" in refused(sac, [*words, "--track"])
 
 
-def test_a_renderer_that_is_missing_is_named(refused, monkeypatch):
-    """--capture-video fails at once where nothing can be rendered."""
-
-    def fail(*_):
-        raise RuntimeError("no OpenGL\nsecond line")
-
-    find = importlib.util.find_spec
-    present = lambda name, *rest: name == "moviepy" or find(name, *rest)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", present)
-    monkeypatch.setattr("gymnasium.envs.mujoco.mujoco_env.MujocoEnv.render", fail)
-    line = refused(sac, [*flags(small("sac")), "--capture-video"])
-    assert "no OpenGL; try MUJOCO_GL=egl" in line
+def test_without_a_renderer_only_what_draws_is_refused(tmp_path):
+    """Where OpenGL's library is missing Pendulum trains, and a task of MuJoCo says what to set."""
+    env, words = os.environ | {"MUJOCO_GL": "osmesa"}, small("sac", run_root=str(tmp_path))
+    for changes in ({"env_id": "dmc/cartpole-balance"}, {"capture_video": True}):
+        child = run("sac", *flags(words | changes), env=env)
+        assert child.returncode == 2
+        assert "; try MUJOCO_GL=egl, or apt install libegl1" in one_error(child.stderr)
+        assert not list(tmp_path.iterdir())
+    child = run("sac", *flags(words | {"env_id": "Pendulum-v1"}), env=env)
+    assert (child.returncode, child.stderr) == (0, "")
 
 
-def test_a_task_that_renders_needs_opengl(refused, monkeypatch):
-    """quadruped-escape draws its ground; where there is no OpenGL, one line says what to set."""
-
-    def fail(*_):
-        raise RuntimeError("no OpenGL rendering backend")
-
-    monkeypatch.setattr("dm_control.mujoco.Physics.contexts", property(fail))
-    line = refused(sac, flags(small("sac", env_id="dmc/quadruped-escape")))
-    assert "no OpenGL rendering backend; " in line
-    assert "MUJOCO_GL" in line
-
-
-class Made(PendulumEnv):
-    """Pendulum, in which something can be wrong from some step on."""
-
-    fault, after, done = "", 0, 0
-
-    def reset(self, **options):
-        obs, info = super().reset(**options)
-        return obs if self.fault == "reset" else (obs, info)
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        type(self).done += 1
-        if self.done > self.after and self.fault == "observation":
-            obs = obs * np.nan
-        if self.done > self.after and self.fault == "reward":
-            reward = np.nan
-        if self.fault == "step":
-            return obs, reward, terminated, info
-        return obs, reward, terminated, truncated, info
-
-
-class Spaces(gym.Env):
-    """A task of made-up spaces that does nothing."""
-
-    def __init__(self, observations, actions, **_):
-        self.observation_space, self.action_space = observations, actions
-
-
-gym.register("Made-v0", Made, max_episode_steps=20)
-
-
-@pytest.fixture
-def fault(monkeypatch):
-    """Makes the task of this file a faulty one."""
-
-    def of(name: str, after: int = 0) -> None:
-        monkeypatch.setattr(Made, "fault", name)
-        monkeypatch.setattr(Made, "after", after)
-        monkeypatch.setattr(Made, "done", 0)
-
-    return of
-
-
-def test_a_task_of_ones_own(run, tmp_path):
+def test_a_task_of_ones_own(tmp_path):
     """A module beside the script registers a task, by an id that the scripts don't know."""
-    (tmp_path / "my_env.py").write_text(
-        "import gymnasium as gym\nfrom gymnasium.envs.classic_control.pendulum import PendulumEnv\n"
-        "gym.register('Point-v0', PendulumEnv, max_episode_steps=20)\n"
-    )
+    shutil.copy(ROOT / "tests" / "environments.py", tmp_path / "my_env.py")
     shutil.copy(ROOT / "sac.py", tmp_path)
-    words = flags(small("sac", env_id="my_env:Point-v0"))
-    command = [sys.executable, "sac.py", *words]
+    command = [sys.executable, "sac.py", *flags(small("sac", env_id="my_env:Point-v0"))]
     child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
+    assert (child.returncode, child.stderr) == (0, "")
     folder = folder_of(tmp_path / "runs", "sac", "my_env:Point-v0")
     assert [row[0] for row in read_evaluations(folder)] == ["step", "0", "40", "80"]
-
-
-def test_a_model_must_know_when_a_task_of_ones_own_ends(main, refused, monkeypatch):
-    """It is told so with a flag, or with a condition in HEALTHY."""
-    words = flags(small("mbpo", env_id=HERE))
-    line = refused(mbpo, words)
-    assert "--never-terminates" in line
-    assert "HEALTHY" in line
-    assert main(mbpo, [*words, "--never-terminates"])[0] == 0
-    monkeypatch.setitem(mbpo.HEALTHY, "Made", lambda s, a, n: n[0].abs() < 2)
-    assert main(mbpo, [*words, "--exp-name", "healthy"])[0] == 0
-
-
-@pytest.mark.parametrize(("part", "dims"), [("reset", 3), ("step", 3)])
-def test_a_task_of_the_old_interface_is_refused(part, dims, fault, refused, monkeypatch):
-    """A reset that returns observations alone, a step that returns 4 values; of any dimensions."""
-    reset, step = Made._get_obs, PendulumEnv.__init__
-
-    def init(self, **options):
-        step(self, **options)
-        self.observation_space = gym.spaces.Box(-9, 9, (dims,))
-
-    monkeypatch.setattr(Made, "_get_obs", lambda self: reset(self)[:dims])
-    monkeypatch.setattr(PendulumEnv, "__init__", init)
-    fault(part)
-    assert "values to unpack" in refused(sac, flags(small("sac", env_id=HERE)))
-
-
-@pytest.mark.parametrize("dims", [2, 60])
-def test_spaces_that_do_not_fit_are_one_line(dims, refused):
-    """Images and discrete actions are refused, in one line for spaces of any size."""
-    box, bounds = gym.spaces.Box, np.arange(1.0, dims + 1)
-    image, vector = box(0, 255, (8, 8, 3), np.uint8), box(-bounds, bounds, dtype=np.float64)
-    for name, spaces in {
-        f"Image{dims}-v0": (image, box(-1, 1, (1,))),
-        f"Discrete{dims}-v0": (vector, gym.spaces.Discrete(3)),
-        f"Unbounded{dims}-v0": (vector, box(-np.inf, np.inf, (1,))),
-    }.items():
-        given = dict(zip(["observations", "actions"], spaces, strict=True))
-        gym.register(name, Spaces, kwargs=given)
-        assert "needs bounded Box actions" in refused(sac, ["--env-id", name])
 
 
 def help_of(script) -> dict[str, str]:
@@ -278,28 +218,6 @@ def test_scripts_share_flags():
     assert ablation.keys() - model.keys() == {"normalize_targets", "predict_residual"}
 
 
-class Outcome:
-    """A finished run: what train returned, its folder and its checkpoint."""
-
-    def __init__(self, script, settings: dict):
-        self.result = script.train(script.Args(**settings))
-        args = script.Args(**settings)
-        self.folder = folder_of(args.run_root, args.exp_name, args.env_id, args.seed)
-        self.saved = None
-        if (self.folder / "checkpoint.pt").exists():
-            self.saved = read_checkpoint(self.folder)
-            self.rows, self.step = self.saved["rows"], self.saved["progress"][0]
-            self.model = self.saved.get("model")
-
-    @property
-    def learner(self) -> dict:
-        return self.model["learner"]
-
-    @property
-    def evaluations(self) -> list[list[str]]:
-        return read_evaluations(self.folder)
-
-
 def brief(script: str, **changes) -> dict:
     """Settings of a small run that learns for 20 steps."""
     return small(script, **({"total_timesteps": 60} | changes))
@@ -320,15 +238,19 @@ def base(tmp_path_factory):
 
 
 def learns_otherwise(new, old):
-    return not same(new.saved["agent"], old.saved["agent"]) and len(new.rows) == len(old.rows)
+    return not same(new.agent, old.agent) and len(new.rows) == len(old.rows)
+
+
+def learner(outcome) -> dict:
+    return outcome.model["learner"]
 
 
 def models_otherwise(new, old):
-    return not same(new.learner["params"], old.learner["params"])
+    return not same(learner(new)["params"], learner(old)["params"])
 
 
 def is_the_same(new, old):
-    return same(new.saved["agent"], old.saved["agent"]) and same(new.rows, old.rows)
+    return same(new.agent, old.agent) and same(new.rows, old.rows)
 
 
 FLIPPED = {  # of each flag: the settings to change, and what must hold of the new and the old run
@@ -341,7 +263,7 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     "learning_starts": ({"learning_starts": 50}, learns_otherwise),
     "updates_per_step": (
         {"updates_per_step": 2},
-        lambda new, old: new.saved["agent"]["actor"]["t"] == 2 * old.saved["agent"]["actor"]["t"],
+        lambda new, old: new.agent["actor"]["t"] == 2 * old.agent["actor"]["t"] == 2 * 21,
     ),
     "batch_size": ({"batch_size": 20}, learns_otherwise),
     "gamma": ({"gamma": 0.5}, learns_otherwise),
@@ -350,64 +272,66 @@ FLIPPED = {  # of each flag: the settings to change, and what must hold of the n
     "q_lr": ({"q_lr": 1e-2}, learns_otherwise),
     "autotune": (
         {"autotune": False},
-        lambda new, old: new.saved["agent"]["temperature"]["params"]["log_alpha"] == 0,
+        lambda new, old: new.agent["log_alpha"]["params"] == 0,
     ),
     "alpha": ({"alpha": 0.5}, learns_otherwise),
     "target_entropy": ({"target_entropy": 3.0}, learns_otherwise),
     "buffer_size": (
         {"buffer_size": 50},
-        lambda new, old: len(new.rows) == 50 and new.saved["added"] == 60,
+        lambda new, old: len(new.rows) == 50 and new.saved["buffer"]["added"] == 60,
     ),
     "eval_frequency": (
         {"eval_frequency": 20},
-        lambda new, old: [row[0] for row in new.evaluations[1:]] == ["0", "20", "40", "60"],
+        lambda new, old: [row[0] for row in new.evaluations] == ["0", "20", "40", "60"],
     ),
     "eval_episodes": (
         {"eval_episodes": 3},
-        lambda new, old: {row[-1] for row in new.evaluations[1:]} == {"3"},
+        lambda new, old: {row[-1] for row in new.evaluations} == {"3"},
     ),
     "checkpoint_frequency": ({"checkpoint_frequency": 0}, lambda new, old: new.saved is None),
     "run_root": ({}, lambda new, old: new.folder.parent != old.folder.parent),
     "exp_name": ({"exp_name": "other"}, lambda new, old: "v5__other__1" in new.folder.name),
     "device": ({"device": "cpu"}, is_the_same),
+    "precision": ({"precision": "fast"}, lambda new, old: new.step == 60),
     "resume": ({"resume": True}, is_the_same),
     "ensemble_size": (
         {"ensemble_size": 4},
-        lambda new, old: len(new.learner["m"]["biases.0"]) == 4,
+        lambda new, old: len(learner(new)["m"]["layers"][0][0]) == 4,
     ),
     "num_elites": ({"num_elites": 3}, lambda new, old: len(new.model["elites"]) == 3),
     "model_hidden": (
         {"model_hidden": 24},
-        lambda new, old: new.learner["params"]["weights.1"].shape == (3, 24, 24),
+        lambda new, old: learner(new)["params"]["layers"][1][0].shape == (3, 24, 24),
     ),
     "model_lr": ({"model_lr": 1e-2}, models_otherwise),
+    "model_beta": ({"model_beta": 0.5}, models_otherwise),
     "model_train_frequency": (
         {"model_train_frequency": 8},
-        lambda new, old: (new.learner["t"], old.learner["t"]) == (30 + 5 + 5, 30),
+        lambda new, old: (learner(new)["t"], learner(old)["t"]) == (30 + 5 + 5, 30),
     ),
-    "model_first_updates": ({"model_first_updates": 3}, lambda new, old: new.learner["t"] == 3),
+    "model_first_updates": ({"model_first_updates": 3}, lambda new, old: learner(new)["t"] == 3),
     "model_updates": (
         {"model_updates": 7, "model_train_frequency": 10},
-        lambda new, old: new.learner["t"] == 30 + 7 + 7,
+        lambda new, old: learner(new)["t"] == 30 + 7 + 7,
     ),
-    "model_patience": ({"model_patience": 1}, lambda new, old: new.learner["t"] not in (0, 30)),
+    "model_patience": ({"model_patience": 1}, lambda new, old: learner(new)["t"] not in (0, 30)),
     "holdout_ratio": ({"holdout_ratio": 0.5}, models_otherwise),
     "rollouts_per_step": (
         {"rollouts_per_step": 5},
-        lambda new, old: len(new.saved["synthetic"]) == 21 * 5,
+        lambda new, old: len(new.synthetic) == 21 * 5,
     ),
     "rollout_schedule": (
         {"rollout_schedule": (0, 1, 1, 2)},
-        lambda new, old: len(new.saved["synthetic"]) > len(old.saved["synthetic"]) == 210,
+        lambda new, old: len(new.synthetic) > len(old.synthetic) == 210,
     ),
     "real_ratio": ({"real_ratio": 0.5}, learns_otherwise),
     "never_terminates": (
         {"env_id": "Pendulum-v1", "never_terminates": True},
-        lambda new, old: new.saved["synthetic"][:, -1].sum() == 0,
+        lambda new, old: new.synthetic[:, -1].sum() == 0,
     ),
     "normalize_targets": (
         {"normalize_targets": False},
-        lambda new, old: "targets" in old.model["scaler"] and "targets" not in new.model["scaler"],
+        lambda new, old: "targets" in old.model and "targets" not in new.model,
     ),
     "predict_residual": ({"predict_residual": False}, models_otherwise),
 }
@@ -505,7 +429,7 @@ def test_capture_video_records_the_first_episode_of_each_evaluation(tmp_path):
     names = [path.name for path in (filmed.folder / "videos").glob("*.mp4")]
     assert sorted(re.match(r"step-(\d+)-", name)[1] for name in names) == ["0", "40", "80"]
     assert filmed.evaluations == plain.evaluations
-    assert same(filmed.saved["agent"], plain.saved["agent"])
+    assert same(filmed.agent, plain.agent)
 
 
 @one_of_each

