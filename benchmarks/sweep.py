@@ -5,7 +5,7 @@
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
 How a grid is written: benchmarks/README.md. All runs of one seed come before those of the next.
-The scripts' own checks see all of it before anything starts. A run's output is in its log.txt.
+The scripts' own checks see all of it before anything starts. A run's output is in <folder>.log.
 After an interruption, a kill or a failure the same command goes on: it skips what is done and
 resumes the rest. The exit code is 1 if a run failed, and 2 for bad input. With --slurm the runs are
 queued as one array of jobs; a job out of time is queued again, and goes on where it was.
@@ -55,6 +55,11 @@ class Run:
     settings: str  # as in args.json, but for run_root
     seed: int = 0
 
+    @property
+    def log(self) -> Path:
+        """The file of the child's output, beside the run's folder, which it makes itself."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
     def done(self) -> bool:
         """Whether these very settings have run to exit code 0, which is what done.json records."""
         file = self.folder / "done.json"
@@ -62,8 +67,8 @@ class Run:
 
     def __call__(self, children: set[subprocess.Popen]) -> str:
         """Runs to the end, whatever has begun already; returns what failed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.txt").open("a+", errors="replace") as log:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a+", errors="replace") as log:
             fcntl.flock(log, fcntl.LOCK_EX)  # waits for a child that has outlived its sweep
             if self.done():
                 return ""

@@ -86,7 +86,7 @@ def test_a_grid_on_slurm(cluster, tmp_path):
     assert code == 0, err
     assert out == "Submitted batch job 1, 2 runs; the same command later skips what is done\n"
     runs = sweep.read_grid(sweep.Options(file))
-    log = runs[0].folder / "log.txt"
+    log = runs[0].log
     wait_for(lambda: log.exists() and "step     120 " in log.read_text(), 300)
     assert ask("scontrol", "requeue", "1_0") == ""
     wait_for(lambda: "PENDING" in ask("scontrol", "show", "job", "1_0"), 60)

@@ -48,11 +48,12 @@ def wait_for(condition, seconds: float = 300) -> None:
 
 def begun(folder: Path) -> int:
     """How often runs in the folder have been started."""
-    return sum(log.read_text().count("$ ") for log in folder.glob("runs/*/log.txt"))
+    return sum(log.read_text().count("$ ") for log in folder.glob("runs/*.log"))
 
 
 def quick_run(folder: Path, code: str = "") -> sweep.Run:
     """A run whose script is a line of Python."""
+    folder.mkdir()
     return sweep.Run((sys.executable, "-Sc", code), folder, "{}")
 
 
@@ -73,7 +74,7 @@ def test_a_grid_runs_and_is_not_run_twice(undisturbed):
     assert last == "2 of 2 runs are done"
     for folder in folders:
         assert read_checkpoint(folder)["progress"]["step"] == TOTAL
-        assert "step     120 " in (folder / "log.txt").read_text()
+        assert "step     120 " in folder.with_name(f"{folder.name}.log").read_text()
     before = listing(file.parent)
     assert run_sweep(file)[:2] == (0, "2 of 2 runs are done\n")
     assert listing(file.parent) == before
@@ -106,14 +107,14 @@ def test_a_killed_sweep_goes_on_to_the_same_end(undisturbed, tmp_path):
 
 def test_a_child_of_a_killed_sweep_is_waited_for(tmp_path):
     """A run that still goes on is not started a second time beside it."""
-    tmp_path.joinpath("run").mkdir()
+    run = quick_run(tmp_path / "run", "print('next')")
     words = [sys.executable, "-Sc", "import time; time.sleep(1); print('end', flush=True)"]
-    with (tmp_path / "run" / "log.txt").open("a") as log:
+    with run.log.open("a") as log:
         sweep.fcntl.flock(log, sweep.fcntl.LOCK_EX)
         child = subprocess.Popen(words, stdout=log)  # holds the lock for as long as it lives
-    assert quick_run(tmp_path / "run", "print('next')")(set()) == ""
+    assert run(set()) == ""
     assert child.wait() == 0
-    first, _, last = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    first, _, last = run.log.read_text().splitlines()
     assert (first, last) == ("end", "next")
 
 
