@@ -49,7 +49,8 @@ def runs(tmp_path_factory):
         script.train(script.Args(run_root=str(root), **SETTINGS, **options))
         (folder,) = root.iterdir()
         saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-        parts = {part: saved[part] for part in ("agent", "model", "rows", "synthetic", "generator")}
+        parts = {name: saved[name] for name in ("agent", "model", "generator")}
+        parts |= {name: saved[name]["rows"] for name in ("buffer", "synthetic")}
         lines = (folder / "eval.csv").read_text().splitlines()
         results[name] = flat(parts), [line.rsplit(",", 1)[0] for line in lines]
     torch.set_num_threads(threads)
@@ -61,7 +62,7 @@ def test_runs_reach_what_they_are_compared_in(runs):
     for tensors, evaluations in runs.values():
         assert tensors["/agent/actor/t"] == 41 * 2
         assert tensors["/model/learner/t"] == 40 + 2 * 20
-        assert len(tensors["/rows"]) == 120
+        assert len(tensors["/buffer"]) == 120
         assert len(tensors["/synthetic"]) > 41 * 20
         assert len(evaluations) == 1 + 3
 
@@ -77,7 +78,7 @@ def test_two_cells_are_the_other_scripts_bit_for_bit(runs):
 
 def test_one_repair_alone_is_another_method(runs):
     """No two of the four cells have the same agent, model or synthetic transitions."""
-    names = ["/agent/actor/params/0.weight", "/model/learner/params/weights.0", "/synthetic"]
+    names = ["/agent/actor/params/0/0", "/model/learner/params/layers/0/0", "/synthetic"]
     cells = [name for name, (script, _) in CELLS.items() if script is ablation]
     for one, other in itertools.combinations(cells, 2):
         for name in names:
@@ -86,7 +87,7 @@ def test_one_repair_alone_is_another_method(runs):
 
 def test_only_scaled_targets_have_a_scaler(runs):
     """The model keeps the targets' mean and deviation where it uses them, and only there."""
-    scaled = {name for name, (tensors, _) in runs.items() if "/model/scaler/targets/0" in tensors}
+    scaled = {name for name, (tensors, _) in runs.items() if "/model/targets/0" in tensors}
     assert scaled == {"ftfl", "scaled, absolute", "scaled, residual"}
 
 

@@ -19,25 +19,24 @@ fillings = st.integers(1, 9).flatmap(
 
 def fill(capacity: int, sizes: list[int]) -> tuple:
     """A buffer and its model after adds of these sizes; every row holds its own number."""
-    buffer, model, number = sac.ReplayBuffer(capacity, S, A, CPU), deque(maxlen=capacity), 0
+    buffer, model = mbpo.ReplayBuffer(capacity, S, A, CPU), deque(maxlen=capacity)
+    buffer.rows.fill_(torch.nan)  # what is not yet written
     for size in sizes:
-        number = add(buffer, model, number, size)
+        add(buffer, model, range(buffer.added, buffer.added + size))
     return buffer, model
 
 
-def add(buffer, model: deque, number: int, size: int) -> int:
-    """Adds rows `number` and on to both; returns the number that comes next."""
-    fresh = list(range(number, number + size))
-    model.extend(fresh)
-    width = buffer.rows.shape[1]
-    buffer.add(torch.tensor(fresh, dtype=torch.float32)[:, None].expand(-1, width))
-    return number + size
+def add(buffer, model: deque, numbers: range) -> None:
+    """Adds rows with these numbers to both."""
+    model.extend(numbers)
+    rows = torch.tensor(numbers, dtype=torch.float32)[:, None]
+    buffer.add(rows.expand(-1, buffer.rows.shape[1]))
 
 
 @quick
-@given(filling=fillings)
-def test_buffer_holds_the_newest_transitions(filling):
-    """It holds what a deque of its capacity holds, and each row stays whole."""
+@given(filling=fillings, share=st.fractions(0, 1))
+def test_buffer_holds_the_newest_transitions(filling, share):
+    """It holds what a deque of its capacity holds, rows stay whole, `newest` is in order of age."""
     capacity, sizes = filling
     buffer, model = fill(capacity, sizes)
     stored = buffer.rows[: len(buffer)]
@@ -45,6 +44,8 @@ def test_buffer_holds_the_newest_transitions(filling):
     assert (len(buffer), buffer.added) == (len(model), sum(sizes))
     assert (stored == stored[:, :1]).all()
     assert sorted(stored[:, 0].tolist()) == list(model)
+    n = int(share * len(model))
+    assert buffer.newest(n)[:, 0].tolist() == list(model)[len(model) - n :]
 
 
 @quick
@@ -53,8 +54,7 @@ def test_sample_draws_all_stored_rows_and_no_others(filling):
     """Many draws meet every stored transition; memory not yet written is never drawn."""
     capacity, sizes = filling
     buffer, model = fill(capacity, [*sizes, 1])
-    buffer.rows[len(buffer) :] = torch.nan
-    rows = buffer.sample(20, 15, draw=seeded())
+    rows = buffer.sample(20, 15, generator=seeded())
     assert rows.shape == (20, 15, 2 * S + A + 2)
     assert set(rows[..., 0].flatten().tolist()) == set(model)
 
@@ -62,7 +62,7 @@ def test_sample_draws_all_stored_rows_and_no_others(filling):
 def test_sample_is_uniform():
     """Every stored row is drawn equally often, to 5 standard deviations."""
     buffer, _ = fill(8, [8])
-    counts = buffer.sample(80_000, draw=seeded())[:, 0].long().bincount(minlength=8)
+    counts = buffer.sample(80_000, generator=seeded())[:, 0].long().bincount(minlength=8)
     assert (counts - 10_000).abs().max() < 5 * (80_000 * 1 / 8 * 7 / 8) ** 0.5
 
 
@@ -79,24 +79,28 @@ def test_unpack_takes_a_row_apart_as_it_was_put_together(shape):
 
 @quick
 @given(filling=fillings, capacity=st.integers(1, 12), later=st.lists(st.integers(0, 3), max_size=6))
-def test_resized_keeps_the_newest_in_order_of_age(filling, capacity, later):
-    """Grown or shrunk, it holds the newest by age, and later adds go over the oldest first."""
+def test_resized_or_loaded_buffer_goes_on_as_a_deque_does(filling, capacity, later):
+    """Both hold the newest, and later adds go over the oldest first; a state is a copy."""
     buffer, model = fill(*filling)
-    new, kept = mbpo.resized(buffer, capacity), deque(model, maxlen=capacity)
-    assert len(new.rows) == capacity
-    assert new.rows[: len(new), 0].tolist() == list(kept)
-    number = sum(filling[1])
-    for size in later:
-        number = add(new, kept, number, min(size, capacity))
-        assert sorted(new.rows[: len(new), 0].tolist()) == list(kept)
+    resized, loaded = mbpo.resized(buffer, capacity), fill(filling[0], [1])[0]
+    assert resized.newest(len(resized))[:, 0].tolist() == list(deque(model, maxlen=capacity))
+    state = buffer.state()
+    buffer.rows.fill_(-1)
+    loaded.load(state)
+    assert (len(loaded), loaded.added) == (len(model), sum(filling[1]))
+    for new, size in ((resized, capacity), (loaded, filling[0])):
+        kept, number = deque(model, maxlen=size), sum(filling[1])
+        for count in later:
+            add(new, kept, range(number, number := number + min(count, size)))
+            assert new.newest(len(new))[:, 0].tolist() == list(kept)
 
 
 def test_buffer_larger_than_memory_is_refused(monkeypatch):
     """One transition of 4 (2S + A + 2) bytes more than a memory of 1 GiB is an InputError."""
     monkeypatch.setattr(sac.os, "sysconf", {"SC_PAGE_SIZE": 2**12, "SC_PHYS_PAGES": 2**18}.get)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**29))
-    most = 2**30 // (4 * (2 * S + A + 2))
-    assert len(sac.ReplayBuffer(most, S, A, CPU).rows) == most
-    for device, capacity in [("cpu", most + 1), ("cuda", most // 2 + 1)]:  # of a GPU: its own
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**29))  # of a GPU: its own
+    for device, memory in [("cpu", 2**30), ("cuda", 2**29)]:
+        most = memory // (4 * (2 * S + A + 2))
+        sac.check_memory(most, S, A, torch.device(device))
         with pytest.raises(sac.InputError, match=r"need \d GiB, \d GiB exist"):
-            sac.ReplayBuffer(capacity, S, A, torch.device(device))
+            sac.check_memory(most + 1, S, A, torch.device(device))

@@ -231,7 +231,7 @@ def test_scale_of_a_constant_is_its_magnitude(constant, n):
 @pytest.mark.parametrize("size", [-50.0, 1e-3])
 def test_scale_of_what_hardly_varies_is_its_magnitude(spread, untouched, size):
     """Below 1/1000 of the largest magnitude the deviation is not trusted, above it it is."""
-    x = torch.tensor([[1.0], [1 - 2 * spread]]).double() * size  # a deviation of `spread`
+    x = torch.tensor([[size], [size - 2 * size * spread]], dtype=torch.float64)
     expected = spread * abs(size) if untouched else abs(size)
     assert mbpo.fit_scaler(x)[1].item() == pytest.approx(expected)
 
@@ -430,7 +430,7 @@ def test_holdout_is_a_share_of_at_most_5000_and_never_trained_on(cell, n, ratio,
     fit.data = fit.data._replace(reward=torch.arange(n) / n, next_obs=torch.rand(n, 1))
     model, metrics = fit.run(2 + n // 250)
     train = fit.trained.unique()
-    holdout = [i for i in range(n) if i not in set(train.tolist())]
+    holdout = sorted(set(range(n)) - set(train.tolist()))
     assert len(holdout) == size
     assert holdout != list(range(size))  # nor simply the first
     assert holdout != list(range(n - size, n))  # or last
@@ -497,9 +497,8 @@ NAN = math.nan
     ("table", "patience", "epoch", "best"),  # holdout errors, a row per epoch; the last one stays
     [
         ([[4, 9, 1, 6], [5, 2, 3, 5], [8, 3, 3, 4], [9] * 4], 2, 5, [1, 2, 1, 3]),
-        ([[1.0], [1.0]], 0, 1, [1]),
-        ([[1.0], [0.995], [0.98]], 1, 1, [1]),  # 0.5 % is no gain, and no patience is left
-        ([[1.0], [0.995], [0.98]], 2, 1, [3]),
+        ([[1.0], [0.995], [0.98]], 0, 1, [1]),  # 0.5 % is no gain, and no patience is left
+        ([[1.0], [0.995], [0.98]], 1, 1, [3]),
         ([[0.994**i] for i in range(9)], 2, 1, [9]),  # two times 0.6 % in a row are one
         ([[1, 1], [1, 1], [0.5, 1], [0.5, 1], [0.5, 0.5], [0.5, 0.5]], 1, 1, [3, 5]),  # in turns
         ([[1.0, 1.0], [NAN, 0.5], [NAN, NAN]], 2, 1, [1, 2]),
@@ -522,7 +521,7 @@ def test_stop_early_keeps_each_members_last_gain(table, patience, epoch, best, m
         return torch.tensor(len(steps))
 
     def errors(*_):
-        return torch.tensor(table[min(len(steps) // epoch, len(table)) - 1])
+        return torch.tensor(table[min(len(steps) // epoch, len(table)) - 1]).float()
 
     monkeypatch.setattr(mbpo, "member_errors", errors)
     batches = ((number,) for number in range(1000))

@@ -63,57 +63,40 @@ def random_steps(env_id: str, count: int, wild: bool = False):
 
 
 def compare(args, transitions, taken_for: str | None = None) -> tuple:
-    """Counts of terminations: real, predicted, and of transitions on which both agree."""
+    """Counts of terminations, and of transitions; an InputError where the condition is wrong."""
     terminates = mbpo.termination_function(replace(args, env_id=taken_for or args.env_id))
-    counts = np.zeros(3, dtype=int)
-    for step, (obs, action, next_obs, terminated) in enumerate(transitions):
-        mbpo.check_termination(terminates, args, step, obs, action, next_obs, terminated)
+    ended, count = 0, 0
+    for obs, action, next_obs, terminated in transitions:
+        mbpo.check_termination(terminates, args, obs, action, next_obs, terminated)
         said = bool(terminates(*map(torch.as_tensor, (obs, action, next_obs))))
-        counts += terminated, said, terminated == said
-    return tuple(counts.tolist())
+        assert said == terminated
+        ended, count = ended + terminated, count + 1
+    return ended, count
 
 
 @pytest.mark.parametrize("env_id", TASKS)
 def test_conditions_are_those_of_the_environments(env_id):
     """Over 500 random steps the model's condition says when the real task ends."""
-    real, predicted, agreed = compare(mbpo.Args(env_id=env_id), random_steps(env_id, 500))
-    assert predicted == real
-    assert agreed == 500
-    assert 0 < real < 475 if env_id in CAN_END else real == 0
+    ended, count = compare(mbpo.Args(env_id=env_id), random_steps(env_id, 500))
+    assert count == 500
+    assert 0 < ended < 475 if env_id in CAN_END else ended == 0
 
 
 @pytest.mark.parametrize("env_id", CAN_END)
 def test_conditions_hold_in_odd_poses_too(env_id):
     """From 200 poses in and out of bounds, real and predicted terminations are the same."""
-    transitions = random_steps(env_id, 200, wild=True)
-    real, predicted, agreed = compare(mbpo.Args(env_id=env_id), transitions)
-    assert predicted == real
-    assert agreed == 200
-    assert 10 < real < 190
+    ended, count = compare(mbpo.Args(env_id=env_id), random_steps(env_id, 200, wild=True))
+    assert count == 200
+    assert 10 < ended < 190
 
 
 @pytest.mark.parametrize(("task", "index", "inside", "outside"), BOUNDS)
 def test_every_bound_is_where_the_task_has_it(task, index, inside, outside):
-    """A state just inside goes on, the same just outside has ended."""
+    """A state just inside goes on; the same just outside, or where it is NaN, has ended."""
     terminates = mbpo.termination_function(mbpo.Args(env_id=f"{task}-v5"))
-    states = torch.tensor([ALL_HEALTHY[task]] * 3)
-    states[1:, index] = torch.tensor([inside, outside])
-    assert terminates(states, torch.zeros(3, 1), states).tolist() == [False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("task", "index"),
-    [
-        *[("Ant", 0), ("Ant", 26), ("InvertedPendulum", 1), ("InvertedPendulum", 3)],
-        *[("Hopper", 0), ("Hopper", 1), ("Hopper", 10), ("Walker2d", 0), ("Humanoid", 0)],
-    ],
-)
-def test_a_state_that_is_not_a_number_has_ended(task, index):
-    """NaN in what the condition looks at ends a rollout's branch."""
-    terminates = mbpo.termination_function(mbpo.Args(env_id=f"{task}-v5"))
-    states = torch.tensor([ALL_HEALTHY[task]] * 2)
-    states[1, index] = torch.nan
-    assert terminates(states, torch.zeros(2, 1), states).tolist() == [False, True]
+    states = torch.tensor([ALL_HEALTHY[task]] * 4)
+    states[1:, index] = torch.tensor([inside, outside, torch.nan])
+    assert terminates(states, torch.zeros(4, 1), states).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -121,24 +104,47 @@ def test_a_state_that_is_not_a_number_has_ended(task, index):
     [("Ant-v5", "Humanoid-v5"), ("Humanoid-v5", "Ant-v5"), ("Hopper-v5", "Walker2d-v5")],
 )
 def test_condition_of_another_task_is_noticed(env_id, taken_for):
-    """A wrong condition is an InputError that names the table of conditions."""
-    transitions = random_steps(env_id, 2000)
-    with pytest.raises(mbpo.InputError, match=r"terminated=.*HEALTHY"):
-        compare(mbpo.Args(env_id=env_id), transitions, taken_for)
+    """A wrong condition is an InputError that names the table of conditions and the task."""
+    message = rf"HEALTHY in this file is wrong for {env_id}: terminated="
+    with pytest.raises(mbpo.InputError, match=message):
+        compare(mbpo.Args(env_id=env_id), random_steps(env_id, 2000), taken_for)
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5"])
-def test_never_terminates_is_noticed_where_it_is_wrong(env_id):
-    """--never-terminates on a task that ends is an InputError."""
-    args = mbpo.Args(env_id=env_id, never_terminates=True)
-    with pytest.raises(mbpo.InputError, match=r"terminated=True.*--never-terminates"):
-        compare(args, random_steps(env_id, 2000))
+@pytest.mark.parametrize("terminated", [True, False])
+def test_check_of_a_termination_names_task_state_and_what_happened(terminated):
+    """The words say which is wrong, for which task, what the task said, and s' in four digits."""
+    args = mbpo.Args(env_id="Hopper-v5", never_terminates=terminated)
+    terminates = mbpo.termination_function(args)
+    fallen = np.array([0.123456, -1.5, *[0.0] * 9])
+    parts = fallen + 1, np.zeros(3, np.float32), fallen
+    mbpo.check_termination(terminates, args, *parts, not terminated)
+    with pytest.raises(mbpo.InputError) as error:
+        mbpo.check_termination(terminates, args, *parts, terminated)
+    wrong = "--never-terminates is" if terminated else "HEALTHY in this file is"
+    state = ", ".join(["0.1235", "-1.5", *["0"] * 9])
+    said = f"{wrong} wrong for Hopper-v5: {terminated=} where s' = [{state}]"
+    assert str(error.value) == said
 
 
-def test_where_no_condition_is_known():
-    """Unknown tasks are refused unless said never to end; dm_control's tasks never do."""
-    with pytest.raises(mbpo.InputError, match=r"Pendulum is not.*--never-terminates"):
-        mbpo.termination_function(mbpo.Args(env_id="Pendulum-v1"))
+@pytest.mark.parametrize(
+    ("env_id", "named"),
+    [
+        ("Pendulum-v1", "Pendulum"),
+        ("Ant-vel-v0", "Ant-vel"),
+        ("Half-velocity-v0", "Half-velocity"),
+        ("my.tasks:HopperX-v4", "HopperX"),
+        ("Ant-v5b", "Ant-v5b"),
+    ],
+)
+def test_a_task_with_no_condition_is_refused_by_its_whole_name(env_id, named):
+    """An id must match to the letter but for its version, and the refusal says how to go on."""
+    message = rf"--env-id {env_id}: {named} is not in this file's HEALTHY: .*--never-terminates"
+    with pytest.raises(mbpo.InputError, match=message):
+        mbpo.termination_function(mbpo.Args(env_id=env_id))
+
+
+def test_tasks_that_never_end():
+    """Said so, of dm_control or listed so: no state ends them, whatever it is."""
     states = torch.full((2, 4, 3), torch.nan)
     for args in [
         mbpo.Args(env_id="Pendulum-v1", never_terminates=True),
@@ -151,13 +157,13 @@ def test_where_no_condition_is_known():
         assert ended.tolist() == [[False] * 4] * 2
 
 
-def test_module_and_version_do_not_change_the_condition():
-    """A task named with the module that registers it ends where it does without."""
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "gymnasium.envs.mujoco:Hopper-v12"])
+def test_module_and_version_do_not_change_the_condition(env_id):
+    """A task of another version, or named with the module that registers it, ends alike."""
     states = torch.tensor([ALL_HEALTHY["Hopper"]] * 2)
     states[1, 0] = 0.6
-    for env_id in ("Hopper-v5", "Hopper-v4", "gymnasium.envs.mujoco:Hopper-v5"):
-        terminates = mbpo.termination_function(mbpo.Args(env_id=env_id))
-        assert terminates(states, torch.zeros(2, 1), states).tolist() == [False, True]
+    terminates = mbpo.termination_function(mbpo.Args(env_id=env_id))
+    assert terminates(states, torch.zeros(2, 1), states).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("task", ALL_HEALTHY)
