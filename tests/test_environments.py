@@ -197,3 +197,67 @@ def test_an_input_that_begins_to_vary_late(tmp_path):
     assert np.ptp(last[310:]) > 1
     real, imagined = outcome.rows[:, 4].abs().max(), outcome.synthetic[:, 4].abs().max()
     assert imagined < 10 * real
+
+
+def test_every_domain_of_the_suite_can_be_made():
+    """Observations are flat, actions in [-1, 1]; of lqr alone, actions have no bounds."""
+    from dm_control import suite
+
+    tasks = {domain: task for domain, task in suite.ALL_TASKS if task != "escape"}
+    del tasks["lqr"]
+    assert len(tasks) >= 15
+    for domain, task in tasks.items():
+        env = sac.make_env(f"dmc/{domain}-{task}")
+        obs, _ = env.reset(seed=1)
+        assert obs.shape == env.observation_space.shape == (obs.size,)
+        assert (env.action_space.low == -1).all()
+        assert (env.action_space.high == 1).all()
+        for _ in range(2):
+            obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            assert np.isfinite(obs).all()
+            assert np.isfinite(reward)
+            assert not terminated
+            assert not truncated
+        env.close()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "dims"), [("Ant-v5", (27, 8)), ("Humanoid-v5", (45, 17)), ("Hopper-v5", (11, 3))]
+)
+def test_gym_tasks_have_the_papers_observations(env_id, dims):
+    """Ant and Humanoid are cut to positions and velocities."""
+    env = sac.make_env(env_id)
+    assert (env.observation_space.shape[0], env.action_space.shape[0]) == dims
+
+
+def test_an_episode_of_the_suite_ends_at_its_time_limit():
+    """It is cut after 1,000 steps, and never terminated."""
+    env = sac.make_env("dmc/cartpole-balance")
+    env.reset(seed=1)
+    steps = [env.step(np.zeros(1, np.float32))[2:4] for _ in range(1000)]
+    assert steps == [(False, False)] * 999 + [(False, True)]
+
+
+@pytest.mark.parametrize("env_id", ["dmc/walker-run", "Hopper-v5"])
+def test_a_seed_decides_a_trajectory(env_id):
+    """The same seed gives the same episode, another one another."""
+
+    def episode(seed):
+        env, actions = sac.make_env(env_id), np.random.default_rng(0)
+        states = [env.reset(seed=seed)[0]]
+        for _ in range(20):
+            action = actions.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+            states.append(env.step(action)[0])
+        return np.array(states)
+
+    assert np.array_equal(episode(3), episode(3))
+    assert not np.array_equal(episode(3)[0], episode(4)[0])
+
+
+def test_actions_are_scaled_to_the_tasks_range():
+    """-1 and 1 are the ends of InvertedPendulum's [-3, 3]."""
+    for action, expected in [(-1, -3), (0.5, 1.5), (1, 3)]:
+        env = sac.make_env("InvertedPendulum-v5")
+        env.reset(seed=1)
+        env.step(np.array([action], np.float32))
+        assert env.unwrapped.data.ctrl[0] == pytest.approx(expected)
