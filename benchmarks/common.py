@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
+import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,24 @@ def load_script(path: Path | str) -> ModuleType:
         module = sys.modules[path.stem] = module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+
+def read_policy(run: Path) -> dict:
+    """Of what checkpoint.pt holds, or policy.pt of a recorded run: settings, step, the actor.
+
+    {"settings", "progress": {"step"}, "agent": {"actor": {"params": [(weight, bias)]}}}; InputError
+    if there is neither, or none that can be read.
+    """
+    file = next((run / x for x in ("checkpoint.pt", "policy.pt") if (run / x).exists()), None)
+    if not file:
+        raise InputError(f"{run} holds no checkpoint.pt or policy.pt: no run, or none saved yet")
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        params = [tuple(layer) for layer in saved["agent"]["actor"]["params"]]
+        settings, progress = saved["settings"], {"step": saved["progress"]["step"]}
+    except Exception:  # torch.load has no error of its own
+        raise InputError(f"{file} is damaged, or older than today's scripts") from None
+    return {"settings": settings, "progress": progress, "agent": {"actor": {"params": params}}}
 
 
 def parse(options: type, doc: str, words: list[str] | None = None, **how):

@@ -6,14 +6,13 @@
     python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
     python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
 
-A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv and scalars.csv;
-a run's own folder, with TensorBoard events for scalars.csv, will do as well. Intervals: the middle
-95 % of 10,000 bootstrap samples, which draw seeds with replacement (Agarwal et al. 2021, arXiv
-2108.13264). One seed gives none: [-].
+A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv and scalars.csv,
+and policy.pt for watch.py; a run's own folder, with TensorBoard events for scalars.csv, will do as
+well. Runs of a script that learns otherwise today bear their version. Intervals: the middle 95 % of
+10,000 bootstrap samples, which draw seeds with replacement (Agarwal et al. 2021, arXiv 2108.13264).
+One seed gives none: [-].
 """
 
-import ast
-import hashlib
 import json
 import logging
 import math
@@ -22,31 +21,27 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 
 import diffs
 import matplotlib
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from common import RESULTS, ROOT, InputError, markdown, run_tool
-from scipy.stats import bootstrap
+import torch
+from common import RESULTS, ROOT, InputError, markdown, read_policy, run_tool
+from matplotlib import pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")  # figures without a display
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was resumed
-OTHER_CODE = "\n\n† Some of these runs were made by other code than that of today's script."
-PAIR = "mbpo_ftfl", "sac_utd10"  # experiments whose returns are compared seed by seed
-FIRST = "dmc/walker-run", "dmc/quadruped-walk"  # tasks on the README's first screen
+FIRST = {"dmc/walker-run": 30_000, "dmc/quadruped-walk": 30_000}  # on the README's first screen
 COLOURS = {"mbpo_residual": "tab:green", "mbpo_ftfl": "tab:red", "mbpo": "tab:blue"}  # by title
 COLOURS |= {"raw": "tab:purple", "sac_utd1,": "tab:gray", "sac_": "tab:orange", "": "tab:brown"}
-DASHES = "", (6, 2), (3, 2), (1, 1), (6, 2, 1, 2), (6, 2, 1, 2, 1, 2)  # of runs of one colour
+DASHES = "-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1))  # of runs of one colour
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
-    "model/reward_error": ("reward error / variance", "log"),
-    "model/reward_std_ratio": ("reward spread, predicted / real", "log"),
-    "model/change_error_mean": ("state error / variance of s' - s", "log"),
+    "model/new_reward_error": ("error of new rewards / variance", "log"),
+    "model/new_change_error": ("error of new s' / variance of s' - s", "log"),
 }
 
 
@@ -59,6 +54,7 @@ class Options:
     results: Path = RESULTS  # folder of runs
 
 
+# --- Runs -----------------------------------------------------------------------------------------
 def read_events(folder: Path) -> pd.DataFrame:
     """The scalars among a run's TensorBoard events: columns step, tag, value."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -72,6 +68,7 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
     file = folder / "args.json"
     try:
         args = json.loads(file.read_text())
+        args.setdefault("version", 1)  # those before did not say
         file = folder / "eval.csv"
         evaluations = pd.read_csv(file).astype({"step": int, "mean": float})
         if evaluations.empty:
@@ -84,57 +81,66 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
         raise InputError(f"{folder} is no run that can be read: {file.name}: {reason}") from None
 
 
-@cache
-def code_of(source: str) -> str:
-    """SHA-256 of what Python executes of a script: of no comment, docstring or layout."""
-
-    def plain(node):
-        if isinstance(node, ast.AST):  # without what is empty, which differs between Pythons
-            parts = ((name, plain(value)) for name, value in ast.iter_fields(node))
-            return type(node).__name__, [part for part in parts if part[1] not in (None, [])]
-        if not isinstance(node, list):
-            return node
-        words = (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant) for x in node)
-        return [plain(x) for x, said in zip(node, words, strict=True) if not said]
-
-    return hashlib.sha256(repr(plain(ast.parse(source))).encode()).hexdigest()
-
-
-def origin(script: str, source: str) -> dict:
-    """Code and commit of the version of a script with this SHA-256; the commit may yet be None."""
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True)
-    log = git(["git", "rev-list", "--all", "--", script]).stdout if shutil.which("git") else b""
-    made = [(x, git(["git", "show", f"{x}:./{script}"]).stdout) for x in log.decode().split()]
-    for commit, text in [*made, (None, diffs.source_of(script, ROOT).encode())]:
-        if hashlib.sha256(text).hexdigest() == source:
-            return {"code": code_of(text.decode()), "commit": commit}
-    return {}
+def version_of(name: str) -> int | None:
+    """The VERSION today of a script of this name, or of the one it is patched from, if there is."""
+    file = ROOT / f"{diffs.origin(name) or Path(name).stem}.py"
+    found = re.search(r"^VERSION = (\d+)", file.read_text(), re.M) if file.exists() else None
+    return int(found[1]) if found else None
 
 
 def load(results: Path) -> pd.DataFrame:
     """Every run under a folder, long: task, run (its title), length, seed, step, tag, value.
 
-    Tasks of FIRST come first. † stands behind a title if other code than today's ran a seed of it.
+    Tasks of FIRST come first. A title ends with the version of a script that has another one today.
     """
     frames = []
     for file in sorted(results.glob("*__*__*/eval.csv")):
         args, evaluations, scalars = read_run(file.parent)
         returns = evaluations[["step"]].assign(tag="return", value=evaluations["mean"])
-        frame = pd.concat([returns, scalars[scalars.tag.isin([*TRAINING, "model/updates"])]])
         updates = args["updates_per_step"]
         title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
-        made = args if "code" in args else origin(args["script"], args.get("source", ""))
-        mark = "" if made.get("code") == code_of(diffs.source_of(args["script"], ROOT)) else " †"
-        names = {"task": args["env_id"], "run": title, "seed": args["seed"], "mark": mark}
-        frames.append(frame.assign(**names, length=evaluations.step.max()))
+        if args["version"] != version_of(args["script"]):
+            title += f" (version {args['version']})"
+        names = {"task": args["env_id"], "run": title, "seed": args["seed"]}
+        frame = pd.concat([returns, scalars]).assign(**names, length=evaluations.step.max())
+        frames.append(frame)
     if not frames:
         raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
     data = pd.concat(frames, ignore_index=True)
-    data["run"] += data.groupby(["task", "run"]).mark.transform("max")
-    places = data.task.map(lambda task: (*FIRST, task).index(task))
-    return data.drop(columns="mark").loc[places.sort_values(kind="stable").index]
+    places = data.task.map(lambda task: [*FIRST, task].index(task))
+    return data.loc[places.sort_values(kind="stable").index]
 
 
+def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -> None:
+    """Copies runs into a folder of results; all are read before any is written."""
+    runs = {}
+    for folder in (x for x in folders if x.name != "figures" and not x.is_file()):  # logs, reports
+        args, evaluations, _ = read_run(folder)
+        last, end = evaluations.step.max(), args["total_timesteps"]
+        if (scalars := read_events(folder)).empty:
+            raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
+        if last + args["eval_frequency"] <= end and not unfinished:
+            remedy = "--resume it to its end, or record it --unfinished"
+            raise InputError(f"{folder} is at step {last:,} of {end:,}: {remedy}")
+        target = results / folder.resolve().name
+        held = read_run(target)[0] if target.exists() else {}
+        for name in sorted((held.keys() & args.keys()) - {"run_root", "resume"}):
+            if held[name] != args[name]:
+                change = f"{name} {held[name]}, not {args[name]}"
+                raise InputError(f"{target} holds a run with {change}: remove it to replace it")
+        saved = (folder / "checkpoint.pt").exists()
+        runs[target] = folder, args, scalars, read_policy(folder) if saved else None
+    for target, (folder, args, scalars, policy) in runs.items():
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "args.json").write_text(json.dumps(args, indent=2) + "\n")
+        shutil.copyfile(folder / "eval.csv", target / "eval.csv")
+        scalars.to_csv(target / "scalars.csv", index=False, float_format="%.6g")
+        if policy:
+            torch.save(policy, target / "policy.pt")
+        print(f"recorded {target}")
+
+
+# --- Tables ---------------------------------------------------------------------------------------
 def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By run, the values of one tag on one task: a row per step, a column per seed, or NaN."""
     shape = {"index": "step", "columns": "seed", "values": "value", "aggfunc": "last"}
@@ -153,8 +159,13 @@ def interval(scores: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over seeds; NaN for one seed."""
     if len(scores) < 2:
         return math.nan, math.nan
-    options = {"n_resamples": 10_000, "batch": 1000, "method": "percentile", "rng": 0}
-    return tuple(bootstrap([scores], np.mean, **options).confidence_interval)
+    means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(1)
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def show(x: float) -> str:
+    """A number in a table or a sentence."""
+    return f"{x:.0e}" if abs(x) >= 1e5 else f"{x:,.0f}" if abs(x) >= 10 else f"{x:.2g}"
 
 
 def cell(curves: pd.DataFrame, step: int) -> str:
@@ -162,44 +173,29 @@ def cell(curves: pd.DataFrame, step: int) -> str:
     scores = curves.reindex([step]).loc[step].dropna()
     if scores.empty:
         return ""
-    numbers = scores.mean(), *interval(scores.to_numpy())
-    mean, low, high = (f"{round(x)}" if abs(x) < 1e5 else f"{x:.0e}" for x in numbers)
+    mean, low, high = map(show, (scores.mean(), *interval(scores.to_numpy())))
     some = f" ({len(scores)} of {curves.shape[1]} seeds)" if len(scores) < curves.shape[1] else ""
     return f"{mean} [{'-' if low == 'nan' else f'{low}, {high}'}]{some}"
 
 
-def paired(curves: dict[str, pd.DataFrame]) -> list[dict]:
-    """How far PAIR's first run is ahead of its second, by seed, at the last step of both: rows."""
-    lines, (one, other) = [], PAIR
-    curves = {title.removesuffix(" †"): run for title, run in curves.items()}
-    for title in curves:
-        rival = title.replace(f"{one},", f"{other},")
-        if rival != title and rival in curves:
-            ahead = (curves[title] - curves[rival]).dropna(axis=1, how="all").dropna()
-            line = {"run": f"{one} less {other}, paired by seed", "seeds": ahead.shape[1]}
-            lines += [line | {f"return at {x:,}": cell(ahead, x)} for x in ahead.index[-1:]]
-    return lines
-
-
 def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
-    """A Markdown table of a task: returns at these steps, also published ones, what is paired."""
+    """A Markdown table of a task: returns at these steps, also published ones."""
     lines, tags = [], ("return", "eval/critic_bias", "model/updates")
     returns, biases, updates = (curves_of(rows[rows.tag == tag]) for tag in tags)
     for title, curves in returns.items():
         line = {"run": title, "seeds": curves.shape[1]}
         line |= {f"return at {step:,}": cell(curves, step) for step in steps}
-        last = max(step for step in steps if step <= curves.index.max())
-        line |= {"critic bias": cell(biases.get(title, curves[:0]), last)}
+        last = max([step for step in steps if step <= curves.index.max()], default=0)
+        if biases:
+            line["critic bias"] = cell(biases.get(title, curves[:0]), last)
         if fits := updates.get(title, curves[:0]).loc[:last].sum().mean():
             line["model's gradient steps"] = f"{fits:,.0f}"
         lines.append(line)
-    lines += paired(returns)
     for (algorithm, source, seeds), points in published(task):
         at = {f"return at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
         if known := {name: x.removesuffix(" ± nan") for name, x in at.items() if name in lines[0]}:
             lines.append({"run": f"{algorithm} ({source})", "seeds": seeds} | known)
-    text = markdown(pd.DataFrame(lines).fillna("").rename(columns={"run": task}))
-    return text + OTHER_CODE * any(rows.run.str.endswith("†"))
+    return markdown(pd.DataFrame(lines).fillna("").rename(columns={"run": task}))
 
 
 def tables(data: pd.DataFrame) -> str:
@@ -214,74 +210,77 @@ def tables(data: pd.DataFrame) -> str:
 
 
 def first_screen(data: pd.DataFrame) -> pd.DataFrame:
-    """What the README begins with: runs of FIRST with several seeds at `end`, where PAIR ends."""
-    pair = data[data.task.isin(FIRST) & data.run.str.startswith(tuple(f"{x}," for x in PAIR))]
-    rows = data.assign(end=data.task.map(pair.groupby("task").length.min()))
-    there = rows.seed.where((rows.tag == "return") & (rows.step == rows.end))
-    return rows[there.groupby([rows.task, rows.run]).transform("nunique") > 1]
+    """What the README begins with: runs of FIRST that have several seeds at its step."""
+    there = data.seed.where((data.tag == "return") & (data.step == data.task.map(FIRST)))
+    return data[there.groupby([data.task, data.run]).transform("nunique") > 1]
 
 
 def summary(data: pd.DataFrame) -> str:
     """A table per task of the README's first screen."""
-    tasks = first_screen(data).groupby(["task", "end"], sort=False)
-    return "\n\n".join(table(task, rows, [int(end)]) for (task, end), rows in tasks)
+    tasks = first_screen(data).groupby("task", sort=False)
+    return "\n\n".join(table(task, rows, [FIRST[task]]) for task, rows in tasks)
 
 
-def draw_curves(returns: pd.DataFrame) -> sns.FacetGrid:
-    """Return by step, as far as ours go: a panel per task, a band of its interval, published."""
-    grid = relplot(returns, col="task", col_wrap=min(3, returns.task.nunique()), height=4.2)
-    names = [text.get_text() for text in grid.legend.texts]
-    shown = dict(zip(names, grid.legend.legend_handles, strict=True))
-    for task, axis in grid.axes_dict.items():
-        end = 1.04 * returns.step[returns.task == task].max()
-        for (algorithm, source, seeds), points in published(task, end):
-            curve = points.step, points["mean"], points["std"]
-            style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "markersize": 4, "capsize": 3}
-            if pd.isna(seeds):  # a level, of no runs
-                drawn = axis.axhline(points["mean"].iloc[0], color="0.3", linestyle=":")
-            else:
-                drawn = axis.errorbar(*curve, color="0.3", **style)
-            shown[f"{algorithm}\n({source})"] = drawn
-        axis.set(xlim=(None, end), xlabel="environment step")
-        axis.locator_params(axis="x", nbins=5)
-    grid.legend.remove()
-    grid.add_legend(shown).set_ylabels("mean return")
-    return grid.set_titles("{col_name}").tight_layout()
+def scores(data: pd.DataFrame, task: str, experiment: str, step: str, tag: str = "return"):
+    """The values of a tag at a step, by seed; InputError if there are none."""
+    rows = data[(data.task == task) & data.run.str.startswith(f"{experiment},") & (data.tag == tag)]
+    values = curves_of(rows[rows.step == int(step)])
+    if not values:
+        raise InputError(f"no recorded run of {experiment} on {task} has {tag} at step {step}")
+    return values[min(values)].loc[int(step)]  # of today's version, if there is one
 
 
-def draw_training(scalars: pd.DataFrame) -> sns.FacetGrid:
-    """What TRAINING names by environment step, one row of panels per task."""
-    tags = [tag for tag in TRAINING if tag in {*scalars.tag}]
-    grid = relplot(scalars, row="task", col="tag", col_order=tags, height=3)
-    for (task, tag), axis in grid.axes_dict.items():
-        name, scale = TRAINING[tag]
-        axis.set(title=f"{task}\n{name}", yscale=scale, ylabel="", xlabel="step")
-        axis.yaxis.get_major_locator().set_params(numticks=7)
-    return grid.tight_layout()
-
-
-def relplot(rows: pd.DataFrame, **layout) -> sns.FacetGrid:
-    """Per run the mean of its seeds, and a band, the 95 % bootstrap interval of that mean."""
-    lines = {"x": "step", "y": "value", "hue": "run", "style": "run", "palette": {}, "dashes": {}}
-    lines |= {"kind": "line", "errorbar": ("ci", 95), "seed": 0, "err_kws": {"alpha": 0.12}}
-    for run in sorted({*rows.run}, key=lambda run: (len(run), run)):  # the first is solid
+# --- Figures --------------------------------------------------------------------------------------
+def looks_of(runs: list[str]) -> dict[str, dict]:
+    """Colour and dashes of every run: those of one script have its colour, the first is solid."""
+    looks, used = {}, []
+    for run in sorted(runs, key=lambda run: (len(run), run)):
         colour = next(COLOURS[name] for name in COLOURS if run.startswith(name))
-        like = [*lines["palette"].values()].count(colour)
-        lines["palette"][run], lines["dashes"][run] = colour, DASHES[min(like, len(DASHES) - 1)]
-    return sns.relplot(rows, **lines, facet_kws={"sharex": False, "sharey": False}, **layout)
+        dashes = DASHES[used.count(colour) % len(DASHES)]
+        looks[run], used = {"color": colour, "linestyle": dashes}, [*used, colour]
+    return looks
+
+
+def draw(data: pd.DataFrame, tags: dict[str, tuple], wide: int) -> plt.Figure:
+    """A panel per task and tag: per run the mean of its seeds and its interval; published means."""
+    panels = [*data[data.tag.isin(tags)].groupby(["task", "tag"], sort=False)]
+    height = math.ceil(len(panels) / min(wide, len(panels)))
+    how = {"figsize": (4.5 * min(wide, len(panels)) + 4, 3.8 * height), "layout": "constrained"}
+    figure, axes = plt.subplots(height, min(wide, len(panels)), squeeze=False, **how)
+    looks, shown = looks_of([*data.run.unique()]), {}
+    for axis, ((task, tag), rows) in zip(axes.flat, panels, strict=False):
+        for run, curves in curves_of(rows).items():
+            band = [interval(values[~np.isnan(values)]) for values in curves.to_numpy()]
+            (shown[run],) = axis.plot(curves.index, curves.mean(axis=1), **looks[run])
+            axis.fill_between(curves.index, *zip(*band, strict=True), alpha=0.12, **looks[run])
+        end = 1.04 * rows.step.max()
+        for (algorithm, source, seeds), points in published(task, end if tag == "return" else -1):
+            curve, name = (points.step, points["mean"], points["std"]), f"{algorithm}\n({source})"
+            if pd.isna(seeds):  # a level, of no runs
+                shown[name] = axis.axhline(points["mean"].iloc[0], color="0.3", linestyle=":")
+            else:
+                style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "markersize": 4, "capsize": 3}
+                shown[name] = axis.errorbar(*curve, color="0.3", **style)
+        axis.set(title=f"{task}\n{tags[tag][0]}", yscale=tags[tag][1], xlim=(None, end))
+        axis.locator_params(axis="x", nbins=5)
+        axis.set_xlabel("environment step")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    figure.legend(shown.values(), shown.keys(), loc="outside right", fontsize="small")
+    return figure
 
 
 def figures_of(data: pd.DataFrame) -> dict:
-    """What is drawn, {name: (function, rows)}; of a task, runs of several seeds if any are so."""
+    """What is drawn, {name: what draw is given}; of a task, runs of several seeds if any are so."""
     seeds = data.groupby(["task", "run"]).seed.transform("nunique")
     several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
-    curves = {"curves": several, "first": first_screen(data)}.items()
-    figures = {name: (draw_curves, rows[rows.tag == "return"]) for name, rows in curves}
-    scalars = several[several.tag != "return"].groupby("task").filter(lambda x: x.run.nunique() > 1)
-    figures["training"] = draw_training, scalars
-    return {name: (draw, rows) for name, (draw, rows) in figures.items() if len(rows)}
+    returns = {"return": ("mean return", "linear")}
+    figures = {"curves": (several, returns, 3), "first": (first_screen(data), returns, 3)}
+    figures["training"] = several, TRAINING, len(TRAINING)
+    return {name: x for name, x in figures.items() if x[0].tag.isin(x[1]).any()}
 
 
+# --- Documents ------------------------------------------------------------------------------------
 def diff_text(_) -> str:
     """`diff mbpo.py mbpo_ftfl.py` without the hunks of the docstrings at the top."""
     command = ["diff", "mbpo.py", "mbpo_ftfl.py"]
@@ -292,22 +291,33 @@ def diff_text(_) -> str:
     return f"```diff\n{''.join(shown)}```"
 
 
-PARTS = {"summary": summary, "results": tables, "diff": diff_text, "diffs": lambda _: diffs.table()}
+PARTS = {  # what may stand between markers: functions of the data, and of the marker's other words
+    "summary": summary,
+    "results": tables,
+    "diff": diff_text,
+    "diffs": lambda _: diffs.table(),
+    # in sentences, <!-- mean TASK EXPERIMENT STEP -->, with a tag of scalars.csv if not of returns:
+    "mean": lambda *words: show(scores(*words).mean()),
+    "cell": lambda *words: cell(scores(*words).to_frame(0).T, 0),
+    "seeds": lambda *words: ", ".join(map(show, scores(*words))),
+}
 
 
 def filled(text: str, data: pd.DataFrame) -> str:
-    """A README with what stands between <!-- name --> and <!-- /name --> made anew.
+    """A README with what stands between <!-- name words --> and <!-- /name --> made anew.
 
     A name that is not in PARTS is that of a file in benchmarks/results/, which another tool wrote.
     """
 
     def part(found: re.Match) -> str:
-        begin, name, end = found.groups()
+        begin, name, words, old, end = found.groups()
         file = ROOT / "benchmarks" / "results" / f"{name}.md"
-        other = file.read_text().strip() if file.exists() else "Not measured yet."
-        return f"{begin}{PARTS[name](data) if name in PARTS else other}\n{end}"
+        new = file.read_text().strip() if file.exists() else "Not measured yet."
+        new = PARTS[name](data, *words.split()) if name in PARTS else new
+        line = "\n" * old.startswith("\n")  # or it is a part of a sentence
+        return f"{begin}{line}{new}{line}{end}"
 
-    return re.sub(r"(<!-- (\S+) -->\n).*?(<!-- /\2 -->)", part, text, flags=re.S)
+    return re.sub(r"(<!-- ([^\s/]\S*)([^>]*) -->)(.*?)(<!-- /\2 -->)", part, text, flags=re.S)
 
 
 def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
@@ -324,34 +334,11 @@ def write(results: Path, data: pd.DataFrame) -> None:
     for path, text in documents_of(results, data).items():
         path.write_text(text)
     (results / "figures").mkdir(exist_ok=True)
-    for name, (draw, rows) in figures_of(data).items():
-        draw(rows).savefig(results / "figures" / f"{name}.png", metadata={"Software": None})
-
-
-def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -> None:
-    """Copies runs into a folder of results; all are read before any is written."""
-    runs = {}
-    for folder in (folder for folder in folders if folder.name not in ("figures", "report.md")):
-        args, evaluations, _ = read_run(folder)
-        last, end = evaluations.step.max(), args["total_timesteps"]
-        if (scalars := read_events(folder)).empty:
-            raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
-        if last + args["eval_frequency"] <= end and not unfinished:
-            remedy = "--resume it to its end, or record it --unfinished"
-            raise InputError(f"{folder} is at step {last:,} of {end:,}: {remedy}")
-        target = results / folder.resolve().name
-        held = read_run(target)[0] if target.exists() else {}
-        for name in sorted((held.keys() & args.keys()) - {"run_root", "resume", "source"}):
-            if held[name] != args[name]:
-                change = f"{name} {held[name]}, not {args[name]}"
-                raise InputError(f"{target} holds a run with {change}: remove it to replace it")
-        runs[target] = folder, args | origin(args["script"], args.get("source", "")), scalars
-    for target, (folder, args, scalars) in runs.items():
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "args.json").write_text(json.dumps(args, indent=2) + "\n")
-        shutil.copyfile(folder / "eval.csv", target / "eval.csv")
-        scalars.to_csv(target / "scalars.csv", index=False, float_format="%.6g")
-        print(f"recorded {target}")
+    for name in ("curves", "first", "training"):
+        (results / "figures" / f"{name}.png").unlink(missing_ok=True)
+    for name, given in figures_of(data).items():
+        how = {"bbox_inches": "tight", "metadata": {"Software": None}}
+        draw(*given).savefig(results / "figures" / f"{name}.png", **how)
 
 
 def report(options: Options) -> None:

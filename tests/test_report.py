@@ -3,35 +3,22 @@
 import itertools
 import json
 import shutil
-import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
 import report
-from helpers_run import ROOT, folder_of, listing, one_error, read_scalars, small
+from helpers_run import ROOT, folder_of, listing, one_error, read_scalars, same, small
 from helpers_tools import call
-from matplotlib.figure import Figure
 
 import sac
 
-RESULTS = ROOT / "benchmarks" / "results"
+WALKER = "dmc/walker-run"
 
 
 def main(*words) -> tuple[int, str, str]:
     """Calls the tool in this process."""
     return call(report.report, report.Options, *words)
-
-
-@pytest.fixture
-def tree(tmp_path, monkeypatch):
-    """A copy of what the report reads and writes, in which it then works."""
-    for path in [ROOT / "README.md", *ROOT.glob("*.py")]:
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    yield tmp_path
-    report.diffs.source_of.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +30,17 @@ def trained(tmp_path_factory):
 
 
 def write_run(
-    root, experiment="mbpo", seed=1, env_id="dmc/walker-run", returns=(1, 2, 3), bias=0, code=None
+    root, experiment="mbpo", seed=1, env_id=WALKER, returns=(1, 2, 3), scalars=(), **changes
 ):
-    """A folder as it is recorded, with evaluations every 1,000 steps; `bias`: the critic's."""
-    code = code or report.code_of((ROOT / "sac.py").read_text())
+    """A folder as it is recorded, with evaluations every 1,000 steps; scalars: step, tag, value."""
     folder = folder_of(root, experiment, env_id, seed)
     folder.mkdir(parents=True)
     settings = {"script": "sac.py", "env_id": env_id, "exp_name": experiment, "seed": seed}
-    settings |= {"total_timesteps": 2000, "eval_frequency": 1000, "updates_per_step": 10}
-    settings |= {"code": code}
-    (folder / "args.json").write_text(json.dumps(settings))
+    (folder / "args.json").write_text(json.dumps(settings | {"updates_per_step": 10} | changes))
     curve = pd.DataFrame({"step": 1000 * np.arange(len(returns)), "mean": returns})
     curve.to_csv(folder / "eval.csv", index=False)
-    scalars = pd.DataFrame({"step": curve.step[-1:], "tag": "eval/critic_bias", "value": bias})
-    scalars.to_csv(folder / "scalars.csv", index=False)
-    return folder
+    frame = pd.DataFrame(scalars, columns=["step", "tag", "value"])
+    frame.to_csv(folder / "scalars.csv", index=False)
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -66,124 +49,64 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return {first.strip(): [word.strip() for word in rest] for first, *rest in lines}
 
 
-def alter(path, column: int, value: str) -> None:
-    """Puts another value into the last line of a CSV file."""
-    *lines, last = path.read_text().splitlines()
-    words = last.split(",")
-    words[column] = value
-    path.write_text("\n".join([*lines, ",".join(words)]) + "\n")
-
-
-def test_interval_of_few_seeds_is_that_of_all_resamples():
-    """Two seeds give themselves; three and four what all their resamples give."""
-    assert np.allclose(report.interval(np.array([3.0, 11.0])), (3, 11))
-    for seeds in ([1.0, 2.0, 10.0], [0.0, 3.0, 4.0, 20.0]):
+def test_interval_is_that_of_all_resamples():
+    """Two to four seeds give what all their resamples give, one gives none, many 1.96 errors."""
+    for seeds in ([3.0, 11.0], [1.0, 2.0, 10.0], [0.0, 3.0, 4.0, 20.0]):
         means = [np.mean(draw) for draw in itertools.product(seeds, repeat=len(seeds))]
         bounds = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
         assert np.allclose(report.interval(np.array(seeds)), bounds)
     assert np.isnan(report.interval(np.array([3.0]))).all()
-
-
-def test_interval_of_many_seeds_is_the_normal_one():
-    """For the mean of many seeds: 1.96 standard errors to either side."""
     seeds = np.random.default_rng(1).normal(50, 10, 400)
     low, high = report.interval(seeds)
-    assert (low + high) / 2 == pytest.approx(seeds.mean(), abs=0.05)
     assert (high - low) / 2 == pytest.approx(1.96 * seeds.std() / 20, rel=0.03)
 
 
 def test_table_of_a_task(tmp_path):
     """Means, intervals and the dash of one seed stand under their steps; a late seed is told."""
     for seed, value in enumerate((10, 20), 1):
-        folder = write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), bias=-value)
-        with (folder / "scalars.csv").open("a") as file:  # of the fits, the last comes too late
-            fits = enumerate((500, value, 7), 1)
-            file.writelines(f"{999 * i},model/updates,{updates}\n" for i, updates in fits)
+        fits = [(999 * i, "model/updates", n) for i, n in enumerate((500, value, 7), 1)]
+        scalars = [*fits[:2], (2000, "eval/critic_bias", -value), (2997, "model/updates", 7)]
+        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), scalars=scalars)
     write_run(tmp_path, "sac", returns=(0, 60.4, 70))
     write_run(tmp_path, "late", returns=(0, 5, 7))
     write_run(tmp_path, "late", seed=2, returns=(0, 6))
     rows = rows_of(report.tables(report.load(tmp_path)))
     returns = ["return at 1,000", "return at 2,000"]
-    assert rows["dmc/walker-run"] == ["seeds", *returns, "critic bias", "model's gradient steps"]
+    assert rows[WALKER] == ["seeds", *returns, "critic bias", "model's gradient steps"]
     name = "{}, 10 updates per step".format
-    mbpo = ["2", "15 [10, 20]", "30 [20, 40]", "-15 [-20, -10]", "515"]
-    assert rows[name("mbpo")] == mbpo
-    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "0 [-]", ""]
-    late = ["2", "6 [5, 6]", "7 [-] (1 of 2 seeds)", "0 [-] (1 of 2 seeds)", ""]
-    assert rows[name("late")] == late
+    assert rows[name("mbpo")] == ["2", "15 [10, 20]", "30 [20, 40]", "-15 [-20, -10]", "515"]
+    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "", ""]
+    assert rows[name("late")] == ["2", "5.5 [5, 6]", "7 [-] (1 of 2 seeds)", "", ""]
+    shutil.rmtree(folder_of(tmp_path, "mbpo", WALKER, 1))
+    shutil.rmtree(folder_of(tmp_path, "mbpo", WALKER, 2))
+    assert rows_of(report.tables(report.load(tmp_path)))[WALKER] == ["seeds", *returns]
 
 
-def test_the_pair_is_compared_over_common_seeds(tmp_path):
-    """Differences are those within a seed, at the last step that all common seeds have."""
-    for seed, value in enumerate((100, 10, 500), 1):
-        write_run(tmp_path, "mbpo_ftfl", seed, returns=(0, value, value))
-    assert "less" not in report.tables(report.load(tmp_path))
-    for seed, value in ((1, 80), (2, 6), (4, 1000)):
-        write_run(tmp_path, "sac_utd10", seed, returns=(0, 0, value))
-    name = "mbpo_ftfl less sac_utd10, paired by seed"
-    assert rows_of(report.tables(report.load(tmp_path)))[name] == ["2", "", "12 [4, 20]", ""]
-    write_run(tmp_path, "sac_utd10", 3, returns=(0, 200))
-    assert rows_of(report.tables(report.load(tmp_path)))[name] == ["3", "137 [10, 300]", "", ""]
+def test_published_returns_stand_beside(tmp_path):
+    """At the steps that are shown, with their deviation if they have one."""
+    write_run(tmp_path, returns=[0] * 21)
+    rows = rows_of(report.tables(report.load(tmp_path)))
+    assert rows["SAC, 1 update per step (Nikishin et al. 2022)"] == [
+        "10",
+        "24.3 ± 4.6",
+        "24.6 ± 3.8",
+    ]
+    still = rows["Standing still (a sixth of 1000: dm_control/suite/walker.py)"]
+    assert still == ["", "166.7", "166.7"]
 
 
-CODE = '"""A script."""\nX = 1\n\n\ndef f():\n    """Doubles."""\n    return 2 * X\n'
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "other"),
-    [
-        ("A script", "Some script", False),
-        ('    """Doubles."""\n', "", False),
-        ("X = 1", "X  =  (1)  # one", False),
-        ("2 * X", "3 * X", True),
-        ("2 * X", "X * 2", True),
-        ("return", "return not", True),
-        ("X = 1", "X = None", True),
-        ("X = 1", "X: int = 1", True),
-    ],
-)
-def test_code_is_what_is_executed(old, new, other):
-    """Comments, docstrings and layout are none of it; every number is."""
-    assert old in CODE
-    assert (report.code_of(CODE) != report.code_of(CODE.replace(old, new))) == other
-
-
-def test_runs_of_other_code_are_marked(tree, trained):
-    """One seed marks them all; a script that is reworded, committed or not, is no other."""
-    results, script = tree / "runs", tree / "sac.py"
-    git = ["git", "-C", tree, "-c", "user.name=a", "-c", "user.email=b"]
-    name, source = "sac, 1 update per step", script.read_text()
-
-    def say(**options) -> str:
-        report.diffs.source_of.cache_clear()
-        code, out, err = main("--results", results)
-        assert code == 0, err
-        return out
-
-    shutil.copytree(trained, results / trained.name)
-    assert rows_of(say())[name][0] == "1"
-    script.write_text(source + "# more\n")  # of the version that trained nothing is left
-    assert rows_of(say())[f"{name} †"][0] == "1"
-    assert say().endswith(
-        "\n\n† Some of these runs were made by other code than that of today's script.\n"
-    )
-    script.write_text(source)
-    for words in (["init", "-q"], ["add", "sac.py"], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *words], check=True)
-    script.write_text(source + "# more\n")
-    assert rows_of(say())[name][0] == "1"
-    recorded = tree / "recorded" / trained.name
-    assert main("--record", results / trained.name, "--results", tree / "recorded")[0] == 0
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    held = json.loads((recorded / "args.json").read_text())
-    assert held["commit"] == head.strip()
-    assert held["code"] == report.code_of(source)
-    script.write_text(source + "X = 1\n")
-    assert rows_of(say())[f"{name} †"][0] == "1"
-    write_run(results, "sac", 2, "InvertedPendulum-v5", code=held["code"])
-    write_run(results, "sac", 3, "InvertedPendulum-v5", code=report.code_of(script.read_text()))
-    shutil.rmtree(results / trained.name)
-    assert rows_of(say())["sac, 10 updates per step †"][0] == "2"
+def test_runs_of_other_versions_are_told_apart(tmp_path, monkeypatch):
+    """A run bears its version if its script, or the one it is patched from, has another today."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for script in ("sac", "mbpo_ftfl"):
+        (tmp_path / f"{script}.py").write_text("# one\nVERSION = 2  # of two\n")
+    runs = tmp_path / "runs"
+    write_run(runs, "old")
+    write_run(runs, "new", version=2)
+    write_run(runs, "patched", script="mbpo_ftfl_ridge.py", version=1)
+    write_run(runs, "patched", 2, script="mbpo_ftfl_ridge.py", version=2)
+    titles = {run.replace(", 10 updates per step", "") for run in report.load(runs).run}
+    assert titles == {"old (version 1)", "new", "patched (version 1)", "patched"}
 
 
 def test_the_readmes_are_current():
@@ -191,140 +114,125 @@ def test_the_readmes_are_current():
     assert main("--check") == (0, "", "")
 
 
-def test_what_is_generated_follows_from_the_files(tree, monkeypatch):
-    """Written anew it is current, and published figures stand at the steps that are shown.
-
-    One altered return and a word between markers are noticed.
-    """
-    for draw in ("draw_curves", "draw_training"):  # which takes seconds
-        monkeypatch.setattr(report, draw, lambda rows: Figure())
-    results, first = tree / "benchmarks/results", tree / "README.md"
-    readme = tree / "benchmarks/README.md"
+def test_what_is_generated_follows_from_the_files(tmp_path, monkeypatch):
+    """Parts in blocks and in sentences are current once written, and a change is noticed."""
+    results, readme = tmp_path / "benchmarks/results", tmp_path / "README.md"
+    others = shutil.ignore_patterns("*__*")
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=others)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "figures_of", lambda _: {})  # which takes seconds
+    for seed, value in enumerate((81, 90), 7):
+        tag = "model/new_reward_error"
+        write_run(results, "mine", seed, returns=(0, value), scalars=[(250, tag, value / 10**4)])
+    where, end = f"{WALKER} mine 1000", "<!-- /{} -->".format
+    blocks = [f"<!-- {x} -->\n{end(x)}" for x in ("summary", "diff", "diffs", "mechanism/summary")]
+    sentence = f"It is <!-- mean {where} -->{end('mean')} (<!-- seeds {where} -->{end('seeds')})"
+    sentence += f" or <!-- cell {WALKER} mine 250 model/new_reward_error -->{end('cell')}."
+    readme.write_text("\n".join([*blocks, sentence, "<!-- other --> stays", ""]))
+    (tmp_path / "benchmarks/README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    assert main("--check", "--results", results)[0] == 1
     assert main("--write", "--results", results) == (0, "", "")
     assert main("--check", "--results", results) == (0, "", "")
-    assert "| 24.6 ± 3.8" in readme.read_text()
-    standing = "Standing still (a sixth of 1000: dm_control/suite/walker.py)"
-    assert {*rows_of(readme.read_text())[standing]} == {"166.7", ""}  # no seeds, no deviation
-    alter(results / "dmc-walker-run__mbpo_ftfl__1/eval.csv", 1, "987.5")
-    found = "".join(f"{path} is out of date: give --write\n" for path in (first, readme))
-    assert main("--check", "--results", results) == (1, found, "")
-    assert main("--write", "--results", results)[0] == 0
-    assert "988" in readme.read_text()
-    parts = {first: ("summary", "diff"), readme: ("results", "diffs", "updates_needed/summary")}
-    for file, part in [(file, part) for file, names in parts.items() for part in names]:
-        current = file.read_text()
-        file.write_text(current.replace(f"<!-- /{part} -->", f"by hand\n<!-- /{part} -->"))
-        assert main("--check", "--results", results)[1].split()[0] == str(file)
-        assert main("--write", "--results", results)[0] == 0
-        assert file.read_text() == current
+    text = readme.read_text()
+    bare = "".join(x for x in text if x != "\n").split("-->")
+    assert "It is <!-- mean dmc/walker-run mine 1000 -->86<!-- /mean --> (" in text
+    assert ">81, 90<" in text
+    assert ">0.0085 [0.0081, 0.009]<" in text
+    assert text.endswith("<!-- other --> stays\n")
+    assert text.count("```diff") == 1
+    assert "fit_scaler" in text
+    assert len(bare) > 10
+    readme.write_text(text.replace(">86<", ">87<"))
+    assert main("--check", "--results", results)[1] == f"{readme} is out of date: give --write\n"
+    readme.write_text(text.replace("mean dmc/walker-run mine 1000", f"mean {WALKER} mine 1001"))
+    assert "has return at step 1001" in one_error(main("--write", "--results", results)[2])
 
 
-def test_a_folder_of_other_runs_gets_a_report_of_its_own(tree):
-    """The README keeps what it says; document and figures stand beside the runs."""
-    before = (tree / "README.md").read_bytes()
+def test_a_folder_of_other_runs_gets_a_report_of_its_own(tmp_path):
+    """Document and figures stand beside the runs, and only figures of data there is."""
     for experiment in ("one", "two"):
-        write_run(tree / "runs", experiment, env_id="Hopper-v5")
-    assert main("--results", tree / "runs", "--check")[0] == 1
-    assert main("--results", tree / "runs", "--write")[0] == 0
-    rows = rows_of((tree / "runs/report.md").read_text())
-    assert rows["one, 10 updates per step"][:3] == ["1", "2 [-]", "3 [-]"]
-    for name in ("curves", "training"):
-        assert f"(figures/{name}.png)" in (tree / "runs/report.md").read_text()
-        assert (tree / f"runs/figures/{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert (tree / "README.md").read_bytes() == before
-    assert main("--results", tree / "runs", "--check") == (0, "", "")
+        write_run(tmp_path, experiment, env_id="Hopper-v5")
+    assert main("--results", tmp_path, "--check")[0] == 1
+    assert main("--results", tmp_path, "--write")[0] == 0
+    text = (tmp_path / "report.md").read_text()
+    assert rows_of(text)["one, 10 updates per step"][:3] == ["1", "2 [-]", "3 [-]"]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["curves.png"]
+    assert "(figures/curves.png)" in text
+    assert main("--results", tmp_path, "--check") == (0, "", "")
 
 
-def test_curves_show_the_mean_its_interval_and_published_points(tmp_path):
-    """A panel per task, and in it what its caption says."""
-    write_run(tmp_path, seed=1, returns=(*[0] * 9, 10, 20))
+def test_a_figure_shows_the_mean_its_interval_and_published_points(tmp_path):
+    """A panel per task and tag, and in it what its caption says."""
+    error = [(10_000, "model/new_change_error", 0.5)]
+    write_run(tmp_path, seed=1, returns=(*[0] * 9, 10, 20), scalars=error)
     write_run(tmp_path, seed=2, returns=(*[0] * 9, 30, 60))
     write_run(tmp_path, "sac", env_id="Hopper-v5")
-    data = report.load(tmp_path)
-    grid = report.draw_curves(data[data.tag == "return"])
-    axes = grid.axes_dict
-    assert [*axes] == ["dmc/walker-run", "Hopper-v5"]  # as on the README's first screen
-    explained = [text.get_text() for text in grid.legend.texts]
-    assert explained[:2] == ["sac, 10 updates per step", "mbpo, 10 updates per step"][::-1]
-    assert {"SAC, 1 update per step\n(Nikishin et al. 2022)"} < {*explained[2:]}
-    walker = axes["dmc/walker-run"]
-    ours = [list(line.get_ydata()) for line in walker.lines if len(line.get_ydata()) == 11]
-    assert [*[0] * 9, 20, 40] in ours
+    drawn = report.figures_of(report.load(tmp_path))
+    figure, training = (report.draw(*drawn[name]) for name in ("curves", "training"))
+    assert [x.get_title() for x in figure.axes] == [
+        f"{WALKER}\nmean return",
+        "Hopper-v5\nmean return",
+    ]
+    (panel,) = training.axes
+    assert (panel.get_yscale(), [*panel.lines[0].get_ydata()]) == ("log", [0.5])
+    walker = figure.axes[0]
+    assert [*walker.lines[0].get_ydata()] == [*[0] * 9, 20, 40]
     band = walker.collections[0].get_paths()[0].vertices
     assert {(9000, 10), (9000, 30), (10000, 20), (10000, 60)} <= set(map(tuple, band.tolist()))
     points = [bars.lines[0].get_ydata().tolist() for bars in walker.containers]
-    groups = [*report.published("dmc/walker-run")]
-    quoted = [rows for (*_, seeds), rows in groups if pd.notna(seeds)]
-    (level,) = (rows for (*_, seeds), rows in groups if pd.isna(seeds))  # standing still
-    assert [*level["mean"].unique()] * 2 in [list(line.get_ydata()) for line in walker.lines]
+    quoted = [rows for (*_, seeds), rows in report.published(WALKER) if pd.notna(seeds)]
     assert points == [rows["mean"][rows.step <= 10_000].tolist() for rows in quoted]
-    assert all(map(len, points))
-    assert any(rows.step.max() > 10_000 for rows in quoted)
+    assert [166.7, 166.7] in [list(line.get_ydata()) for line in walker.lines]  # standing still
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert {"sac, 10 updates per step", "SAC, 1 update per step\n(Nikishin et al. 2022)"} < {*names}
 
 
-def test_figures_leave_out_single_seeds_beside_several(tmp_path):
+def test_figures_leave_out_single_seeds_beside_several(tmp_path, monkeypatch):
     """A task that has no others shows them; the first screen never does, nor what ended early."""
-    for experiment, seed in itertools.product(("mbpo_ftfl", "sac_utd10", "short"), (1, 2)):
-        returns = (1, 2) if experiment == "short" else (1, 2, 3)
-        write_run(tmp_path, experiment, seed, returns=returns)
+    monkeypatch.setattr(report, "FIRST", {WALKER: 2000, "dmc/quadruped-walk": 2000})
+    for experiment, seed in itertools.product(("mbpo_ftfl", "short"), (1, 2)):
+        write_run(
+            tmp_path, experiment, seed, returns=(1, 2, 3)[: 2 if experiment == "short" else 3]
+        )
     write_run(tmp_path, "tried")
-    for experiment in ("one", "two"):
-        write_run(tmp_path, experiment, env_id="dmc/quadruped-walk")
+    write_run(tmp_path, "one", env_id="dmc/quadruped-walk")
     drawn = report.figures_of(report.load(tmp_path))
-    names = {name: {run.split(",")[0] for run in rows.run} for name, (_, rows) in drawn.items()}
-    first = {"mbpo_ftfl", "sac_utd10"}
-    every = first | {"short", "one", "two"}
-    assert names == {"curves": every, "first": first, "training": every}
+    names = {name: {run.split(",")[0] for run in x[0].run} for name, x in drawn.items()}
+    assert names == {"curves": {"mbpo_ftfl", "short", "one"}, "first": {"mbpo_ftfl"}}
 
 
-def test_variants_have_the_colour_of_their_script(tmp_path):
+def test_variants_have_the_colour_of_their_script():
     """What has the shortest name is solid and the variant is not."""
     names = ["mbpo_early", "mbpo", "mbpo_ftfl", "mbpo_ftfl_late", "sac_utd10", "other"]
-    for name in names:
-        write_run(tmp_path, name)
-    for name in names[1:3]:
-        write_run(tmp_path, name, seed=2)
-    grid = report.draw_curves(report.load(tmp_path))
-    lines = zip(grid.legend.texts, grid.legend.get_lines(), strict=False)
-    look = {text.get_text().split(",")[0]: (x.get_color(), x.is_dashed()) for text, x in lines}
-    colours = {name: look[name][0] for name in names}
-    assert colours["mbpo"] == colours["mbpo_early"]
-    assert colours["mbpo_ftfl"] == colours["mbpo_ftfl_late"]
-    assert len({*colours.values()}) == 4
-    assert [name for name in names if look[name][1]] == ["mbpo_early", "mbpo_ftfl_late"]
+    looks = report.looks_of(names)
+    assert looks["mbpo"]["color"] == looks["mbpo_early"]["color"]
+    assert len({look["color"] for look in looks.values()}) == 4
+    solid = [name for name in names if looks[name]["linestyle"] == "-"]
+    assert solid == ["mbpo", "mbpo_ftfl", "sac_utd10", "other"]
 
 
 def test_record_copies_a_run(trained, tmp_path):
-    """Settings, curve to the byte, all scalars to six digits; the report is that of the run."""
-    target = tmp_path / "results" / trained.name
+    """Settings and curve to the byte, scalars to six digits, the policy; same report."""
+    results, target = tmp_path / "results", tmp_path / "results" / trained.name
+    (trained.parent / "a.log").write_text("passed over")
     for _ in range(2):  # the second time over the first
-        code, out, _ = main("--record", trained, "--results", tmp_path / "results")
+        code, out, _ = main("--record", *trained.parent.iterdir(), "--results", results)
         assert (code, out) == (0, f"recorded {target}\n")
-    assert {path.name for path in target.iterdir()} == {"args.json", "eval.csv", "scalars.csv"}
-    assert (target / "eval.csv").read_bytes() == (trained / "eval.csv").read_bytes()
-    held, made = (json.loads((path / "args.json").read_text()) for path in (target, trained))
-    assert held.pop("code") == report.code_of((ROOT / "sac.py").read_text())
-    assert held.keys() - made.keys() == {"commit"}
-    assert held | made == held
+    files = "args.json", "eval.csv", "scalars.csv", "policy.pt"
+    assert {path.name for path in target.iterdir()} == {*files}
+    for name in files[:2]:
+        assert (target / name).read_bytes() == (trained / name).read_bytes()
     rows = pd.read_csv(target / "scalars.csv")
-    assert rows.columns.tolist() == ["step", "tag", "value"]
     assert rows.step.is_monotonic_increasing
     for tag, events in read_scalars(trained).items():
-        recorded = rows[rows.tag == tag]
-        assert recorded.step.tolist() == [step for step, _ in events]
-        assert recorded.value.tolist() == [float(f"{value:.6g}") for _, value in events]
-    assert main("--results", tmp_path / "results")[1] == main("--results", trained.parent)[1]
-
-
-def test_record_takes_a_run_that_was_cut_off(trained, tmp_path):
-    """Only if asked to; its table ends where it ended."""
-    folder = damaged(trained, tmp_path, "eval.csv", "step,mean\n0,4\n40,5\n")
-    words = "--record", folder, "--results", tmp_path / "results"
-    assert main(*words)[0] == 2
-    assert main(*words, "--unfinished")[0] == 0
-    said = main("--results", tmp_path / "results")[1]
-    assert "return at 40" in said
-    assert "return at 80" not in said
+        found = rows[rows.tag == tag]
+        expected = [(step, float(f"{value:.6g}")) for step, value in events]
+        assert [*zip(found.step, found.value, strict=True)] == expected
+    assert same(report.read_policy(target), report.read_policy(trained))
+    assert report.read_policy(target)["progress"] == {"step": 80}
+    assert main("--results", results)[1] == main("--results", trained.parent)[1]
 
 
 def damaged(trained, tmp_path, file: str, text: str | None):
@@ -339,20 +247,23 @@ def damaged(trained, tmp_path, file: str, text: str | None):
     [
         ("args.json", None, "args.json: No such file"),
         ("args.json", "{", "args.json: Expecting"),
-        ("eval.csv", "", "eval.csv: No columns"),
         ("eval.csv", "step,mean\n", "eval.csv: no evaluation yet"),
         ("eval.csv", "step,mean\n0,4\n40,5\n", "is at step 40 of 80: --resume it"),
         ("scalars.csv", "step,tag\n0,a\n", "scalars.csv: "),
+        ("checkpoint.pt", "", "checkpoint.pt is damaged"),
     ],
 )
 def test_record_refuses_what_is_no_finished_run(trained, tmp_path, file, text, said):
     """One line says why, and nothing is recorded, not even the good run before it."""
-    folder = damaged(trained, tmp_path, file, text)
-    code, out, err = main("--record", trained, folder, "--results", tmp_path / "results")
+    folder, results = damaged(trained, tmp_path, file, text), tmp_path / "results"
+    code, out, err = main("--record", trained, folder, "--results", results)
     assert (code, out) == (2, "")
     assert said in one_error(err)
     assert str(folder) in err
-    assert not (tmp_path / "results").exists()
+    assert not results.exists()
+    if "--resume" in said:
+        assert main("--record", folder, "--results", results, "--unfinished")[0] == 0
+        assert "return at 40" in main("--results", results)[1]
 
 
 def test_record_refuses_other_settings_and_folders(trained, tmp_path):
@@ -367,16 +278,13 @@ def test_record_refuses_other_settings_and_folders(trained, tmp_path):
         (results / trained.name, "holds no TensorBoard events"),
         (tmp_path / "nothing", "args.json: No such file"),
     ]:
-        code, _, err = main("--record", folder, "--results", results)
-        assert code == 2
-        assert said in one_error(err)
+        assert said in one_error(main("--record", folder, "--results", results)[2])
         assert listing(results) == before
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--results {tmp}", "holds no runs"),
         ("--results {tmp}/none --write", "holds no runs"),
         ("--write --check", "give one of"),
         ("--unfinished", "--unfinished is for the last"),
