@@ -32,13 +32,14 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib import import_module, util
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import Literal, NamedTuple, get_args
 
 import gymnasium as gym
@@ -76,7 +77,7 @@ class Args:
     )
     buffer_size: int = 1_000_000  # real transitions kept (SAC, table 1; MBPO, STFL)
     eval_frequency: int = 5_000  # environment steps between evaluations, 0 for none (STFL)
-    eval_episodes: int = 10  # episodes with deterministic actions per evaluation (STFL)
+    eval_episodes: int = 10  # episodes by mean actions per evaluation (STFL); a fifth more: sampled
     checkpoint_frequency: int = 10_000  # steps between checkpoints, at an episode's end; 0: none
     run_root: str = "runs"  # folder of the run folders (CleanRL)
     exp_name: str = Path(__file__).stem  # middle part of the run folder's name (CleanRL)
@@ -140,14 +141,14 @@ class ReplayBuffer:
 
 
 def init_mlp(in_dim: int, out_dim: int, hidden: int = 256) -> list:
-    """Two hidden layers (SAC, table 1); orthogonal, gain sqrt 2 (STFL; log std: 1), zero biases."""
+    """Two hidden layers (SAC, table 1); orthogonal with gain sqrt 2 (STFL), biases of zero."""
     sizes = pairwise([in_dim, hidden, hidden, out_dim])
     weights = [nn.init.orthogonal_(torch.empty(*size), math.sqrt(2)) for size in sizes]
     return [(weight, torch.zeros(weight.shape[1])) for weight in weights]
 
 
 def mlp(params: list, x: Tensor, activation: Callable = F.relu) -> Tensor:
-    """The output [..., out] for x [..., in]; [N, ..., out] of N stacked networks."""
+    """The output [..., out] for x [..., in]; of N stacked networks [N, B, out] for x [B, in]."""
     *hidden, (weight, bias) = params
     for w, b in hidden:
         x = activation(x @ w + b)
@@ -176,8 +177,10 @@ def sample_action(params: list, obs: Tensor, noise: Tensor | float) -> tuple[Ten
 
 def init_critic(obs_dim: int, action_dim: int) -> list:
     """Parameters of `critic`, of the twins stacked."""
-    twins = zip(*[init_mlp(obs_dim + action_dim, 1) for _ in range(2)], strict=True)
-    return [(torch.stack([w1, w2]), torch.stack([b1, b2])[:, None]) for (w1, b1), (w2, b2) in twins]
+    one, two = init_mlp(obs_dim + action_dim, 1), init_mlp(obs_dim + action_dim, 1)
+    weights = [torch.stack([w1, w2]) for (w1, _), (w2, _) in zip(one, two, strict=True)]
+    biases = [torch.stack([b1, b2])[:, None] for (_, b1), (_, b2) in zip(one, two, strict=True)]
+    return list(zip(weights, biases, strict=True))
 
 
 def critic(params: list, obs: Tensor, action: Tensor) -> Tensor:
@@ -187,11 +190,13 @@ def critic(params: list, obs: Tensor, action: Tensor) -> Tensor:
 
 # --- Optimizer ------------------------------------------------------------------------------------
 # Adam is written as a pure function, so that torch.compile makes one graph of a whole update.
+# A learner is a dictionary: parameters, the moments m and v of their gradients, and steps t so far.
+# tree_map(f, a, b) calls f with each pair of tensors of two such nests of lists and dictionaries.
 
 
 def adam_init(params, device: torch.device) -> dict:
-    """What Adam learns: parameters, first and second moments of their gradients, steps so far."""
-    params = tree_map(lambda p: p.clone().to(device), params)
+    """The learner that starts from these parameters."""
+    params = tree_map(lambda p: p.to(device, copy=True), params)
     m, v = tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params)
     return {"params": params, "m": m, "v": v, "t": torch.zeros((), device=device)}
 
@@ -211,10 +216,10 @@ def adam_step(learner: dict, grads, lr: float) -> dict:
 
 
 def compiled_update(update: Callable, args: Args) -> Callable:
-    """update(state, *inputs, args) -> (new state, metrics), compiled, and writing in place.
+    """A compiled function (state, *inputs) -> metrics that writes the new state over the old.
 
-    The result is a function (state, *inputs) -> metrics, which overwrites the state's tensors with
-    the new ones, so that they keep their addresses. On a GPU it is replayed as a CUDA graph.
+    update(state, *inputs, args) -> (new state, metrics) is pure. The state's tensors keep their
+    addresses, so that on a GPU the whole is replayed as a CUDA graph.
     """
 
     def update_in_place(state: dict, *inputs):
@@ -234,14 +239,16 @@ def init_agent(obs_dim: int, action_dim: int, alpha: float, device: torch.device
         "actor": adam_init(init_actor(obs_dim, action_dim), device),
         "critic": adam_init(critic_params, device),
         "log_alpha": adam_init(torch.tensor(math.log(alpha)), device),
-        "target": tree_map(lambda p: p.clone().to(device), critic_params),
+        "target": tree_map(lambda p: p.to(device, copy=True), critic_params),
     }
 
 
 def sac_update(agent: dict, batch: Batch, noise: Tensor, args: Args) -> tuple[dict, dict]:
-    """One update on B transitions with noise [2, B, A]; returns the new agent and its metrics.
+    """One update on B transitions with noise [2, B, A]: noise[0] for a', noise[1] for a.
 
-    A pure function. Order: critics, targets, the actor against the new critics, temperature (STFL).
+    A pure function; returns the new agent and metrics. Order: critics, targets, the actor against
+    the new critics, temperature (STFL). grad_and_value(f)(params) differentiates by `params` alone:
+    all else is constant, as if detached. f returns a loss and something to keep.
     """
     alpha = agent["log_alpha"]["params"].exp()
     target_entropy = args.target_entropy
@@ -259,10 +266,9 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, args: Args) -> tuple[di
     grads, (q_loss, q) = grad_and_value(critic_loss, has_aux=True)(agent["critic"]["params"])
     new_critic = adam_step(agent["critic"], grads, args.q_lr)
 
-    def towards(old: Tensor, new: Tensor) -> Tensor:
-        return torch.lerp(old, new, args.tau)  # (1 - tau) old + tau new
-
-    target = tree_map(towards, agent["target"], new_critic["params"])
+    target = tree_map(  # (1 - tau) old + tau new
+        lambda old, new: torch.lerp(old, new, args.tau), agent["target"], new_critic["params"]
+    )
 
     def actor_loss(params):
         action, log_prob = sample_action(params, batch.obs, noise[1])
@@ -273,7 +279,7 @@ def sac_update(agent: dict, batch: Batch, noise: Tensor, args: Args) -> tuple[di
     new_actor = adam_step(agent["actor"], grads, args.policy_lr)
 
     log_alpha = agent["log_alpha"]
-    if args.autotune:  # J(alpha) is its own gradient by log(alpha)
+    if args.autotune:  # the gradient of alpha (entropy - target) by log alpha is the same again
         log_alpha = adam_step(log_alpha, alpha * (entropy - target_entropy), args.q_lr)
 
     new = {"actor": new_actor, "critic": new_critic, "log_alpha": log_alpha, "target": target}
@@ -299,9 +305,9 @@ class Checked(gym.Wrapper):
         self.env_id = env_id
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
-        random.seed(seed)
-        np.random.seed(seed)
-        returned = self.env.reset(seed=seed)
+        for seed_generator in (random.seed, np.random.seed, torch.manual_seed):
+            seed_generator(seed or 0)
+        returned = self.env.reset(seed=seed, options=options)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             self.refuse(f"reset returned {returned!r}, not (observation, info)")
         return self.observation("reset", returned[0]), returned[1]
@@ -394,7 +400,7 @@ def similar(env_id: str) -> str:
 
 
 def derive_seed(*numbers: int) -> int:
-    """One seed of 31 bits from several numbers, such as (seed, stream, episode)."""
+    """31 bits from (seed, stream, ...), where streams are 0 training, 1 evaluation, 2 weights."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) % 2**31
 
 
@@ -402,10 +408,12 @@ def derive_seed(*numbers: int) -> int:
 def generators_kept():
     """Puts the global generators of Python, numpy and torch back afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -445,7 +453,7 @@ def critic_bias(agent: dict, episode: Batch, log_prob: Tensor, gamma: float) -> 
 
 
 def evaluation_episodes(args: Args) -> tuple[int, int]:
-    """How many are by mean actions, and how many by sampled ones, where the bias is measured."""
+    """How many are by mean actions, and how many by sampled ones, in which bias is measured."""
     return args.eval_episodes, max(1, args.eval_episodes // 5)
 
 
@@ -459,12 +467,13 @@ def evaluate(env: gym.Env, agent: dict, args: Args, step: int) -> tuple[list[flo
     returns, biases = [], []
     with generators_kept():
         for i in range(sum(evaluation_episodes(args))):
-            noise = generator if i >= args.eval_episodes else None
-            episode, log_prob = play(env, params, derive_seed(args.seed, 1, step, i), noise)
-            if noise is None:
-                returns.append(sum(episode.reward.tolist()))
+            seed = derive_seed(args.seed, 1, step, i)
+            if i < args.eval_episodes:
+                episode, _ = play(env, params, seed, None)
+                returns.append(sum(episode.reward.tolist()))  # in Python's float64
             else:
-                biases.append(critic_bias(agent, episode, log_prob, args.gamma))
+                sampled = play(env, params, seed, generator)
+                biases.append(critic_bias(agent, *sampled, args.gamma))
     return returns, np.mean(biases)
 
 
@@ -538,13 +547,13 @@ def run_folder(args: Args) -> Path:
     return Path(args.run_root, f"{task}__{args.exp_name}__{args.seed}")
 
 
-def read_checkpoint(run_dir: Path, device: torch.device | str = "cpu") -> dict:
+def read_checkpoint(run_dir: Path) -> dict:
     """What a run's checkpoint holds; InputError if there is none, or if it can't be read."""
     file = Path(run_dir, "checkpoint.pt")
     if not file.exists():
         raise InputError(f"{run_dir} holds no checkpoint.pt: no run, or one that saved nothing yet")
     try:
-        return torch.load(file, map_location=device, weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no error of its own
         reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"{file} can't be read, it may be damaged: {reason}") from None
@@ -555,14 +564,15 @@ def load_policy(run_dir: Path | str, sampled: bool = False) -> Callable:
     params = read_checkpoint(Path(run_dir))["agent"]["actor"]["params"]
 
     def policy(obs: np.ndarray) -> np.ndarray:
-        x = torch.as_tensor(obs, dtype=torch.float32)
-        mean, log_std = actor(params, x)
-        return torch.tanh(mean + sampled * log_std.exp() * torch.randn_like(mean)).numpy()
+        mean, log_std = actor(params, torch.as_tensor(obs, dtype=torch.float32))
+        if sampled:
+            mean = mean + log_std.exp() * torch.randn_like(mean)
+        return torch.tanh(mean).numpy()
 
     return policy
 
 
-def read_run(args: Args, device: torch.device) -> tuple[dict, dict | None]:
+def read_run(args: Args) -> tuple[dict, dict | None]:
     """The run's settings, and the checkpoint that it goes on from, or None; writes nothing.
 
     Raises InputError if the folder holds another run, or one that was not to be resumed.
@@ -575,7 +585,7 @@ def read_run(args: Args, device: torch.device) -> tuple[dict, dict | None]:
     if not args.resume:
         raise InputError(f"{run_dir} holds a run: give --resume, or choose another --exp-name")
     if (run_dir / "checkpoint.pt").exists():
-        saved = read_checkpoint(run_dir, device)
+        saved = read_checkpoint(run_dir)
     try:
         held = saved["settings"] if saved else json.loads((run_dir / "args.json").read_text())
         held = dict(held)
@@ -666,42 +676,44 @@ def set_up_torch(args: Args, device: torch.device) -> None:
     torch.compiler.reset()  # or the graphs of several runs in one process count against a limit
     torch.set_float32_matmul_precision("medium")  # so an AMD CPU uses oneDNN, much faster than MKL
     probe = torch.full((256, 256), 1 + 2**-12, device=device)  # TF32 and bfloat16 round it to 1
-    if args.precision == "exact" and (probe @ probe).amin() < 256.1:  # such products are not
+    rounds = (probe @ probe).amin() < 256.1  # an exact product is 256.125, a rounded one 256
+    if args.precision == "exact" and rounds:
         torch.set_float32_matmul_precision("highest")
-    new = time.time()  # or a kernel of an earlier day would be taken, which proves nothing
+    unseen = time.time()  # or a kernel from the cache would be taken, which proves nothing
     try:
-        torch.compile(lambda x: x.exp() + new, disable=not args.compile)(probe)
+        torch.compile(lambda x: x.exp() + unseen, disable=not args.compile)(probe)
     except Exception as error:
         lines = str(error).splitlines() or [repr(error)]
         said = [*(line for line in lines if "error:" in line), *lines][0]  # a compiler's own words
         raise InputError(f"torch.compile fails: {said}; mend it or give --no-compile") from None
 
 
-def train(args: Args, interrupts: Sequence = ()) -> dict:
-    """Trains; returns eval.csv's lines and the agent. Bad input is refused before any file.
+def train(args: Args, interrupted: Event | None = None) -> dict:
+    """Trains; returns eval.csv's lines and the agent. Raises InputError for what can't be done.
 
-    When there is something in `interrupts`, it saves as soon as an episode ends, and ends, too.
+    Once `interrupted` is set, the run is saved when its episode ends; then KeyboardInterrupt.
     """
     args = check_args(args)
-    progress = {"step": 0, "episode": 0, "seconds": 0.0, "evaluations": []}
     run_dir = run_folder(args)
-    new = not run_dir.exists()
+    is_new = not run_dir.exists()
+    progress = {"step": 0, "episode": 0, "seconds": 0.0, "evaluations": []}  # filled in by `learn`
     try:
-        return learn(args, progress, interrupts)
-    except InputError as error:  # an environment may break its word late; nothing stays in the way
-        if new and not (run_dir / "checkpoint.pt").exists():
+        return learn(args, progress, interrupted or Event())
+    except InputError as error:  # an environment may break its word after some steps
+        saved = (run_dir / "checkpoint.pt").exists()
+        if is_new and not saved and len(progress["evaluations"]) < 2:  # nothing of worth is lost
             shutil.rmtree(run_dir, ignore_errors=True)
         where = f" (at step {progress['step']})" if progress["step"] else ""
         raise InputError(f"{error}{where}") from None
 
 
-def learn(args: Args, progress: dict, interrupts: Sequence) -> dict:
+def learn(args: Args, progress: dict, interrupted: Event) -> dict:
     """Sets up all that a run needs, or takes it up from the checkpoint; then goes step by step."""
     device = torch.device(args.device)
     env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
     check_memory(args.buffer_size, obs_dim, action_dim, device)
-    settings, saved = read_run(args, device)
+    settings, saved = read_run(args)
     set_up_torch(args, device)
 
     torch.manual_seed(derive_seed(args.seed, 2))  # for the initial weights alone
@@ -709,12 +721,12 @@ def learn(args: Args, progress: dict, interrupts: Sequence) -> dict:
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     generator = torch.Generator(device).manual_seed(args.seed)
     if saved:
-        agent = saved["agent"]
+        agent = tree_map(lambda x: x.to(device, copy=True), saved["agent"])
         buffer.load(saved["buffer"])
-        progress |= saved["progress"]
-        if len(saved["generator"]) == len(generator.get_state()):  # of such a device
-            generator.set_state(saved["generator"].cpu())
-    tree_map(torch._dynamo.mark_static_address, agent)  # CUDA graphs write there
+        progress.update(saved["progress"])
+        if len(saved["generator"]) == len(generator.get_state()):  # else of another kind of device
+            generator.set_state(saved["generator"])
+    tree_map(torch._dynamo.mark_static_address, agent)  # a CUDA graph writes there
     update = compiled_update(sac_update, args)
     run_dir = open_run(args, settings)
     log = Log(run_dir, progress, args)
@@ -728,11 +740,12 @@ def learn(args: Args, progress: dict, interrupts: Sequence) -> dict:
     if not saved and args.eval_frequency:
         log.evaluation(0, *evaluate(eval_env, agent, args, 0))
 
-    over, checkpointed, metrics = True, progress["step"], {}
+    over, last, checkpointed, metrics = True, True, progress["step"], {}
     for step in range(progress["step"] + 1, args.total_timesteps + 1):
         progress["step"] = step
         if over:  # each episode is seeded, so that a run can be taken up at its start
             obs, _ = env.reset(seed=derive_seed(args.seed, 0, progress["episode"]))
+            check_finite(step, observation=obs)
             progress["episode"] += 1
             episode_return, length = 0.0, 0
 
@@ -777,23 +790,25 @@ def learn(args: Args, progress: dict, interrupts: Sequence) -> dict:
 
         # Save
         every = args.checkpoint_frequency
-        due = over and (interrupts or step // every > checkpointed // every)
-        if every and (last or due):
+        stop = over and interrupted.is_set()
+        if every and (last or stop or (over and step // every > checkpointed // every)):
             weights = tree_leaves((agent["actor"]["params"], agent["critic"]["params"]))
             check_finite(step, **metrics, weights=torch.cat([w.flatten() for w in weights]))
             checkpointed = step
             progress["seconds"] = time.perf_counter() - log.began
             state = {"settings": settings, "progress": progress, "agent": agent}
-            state |= {"generator": generator.get_state(), "buffer": buffer.state()}
+            state |= {"generator": generator.get_state().cpu(), "buffer": buffer.state()}
             log.writer.flush()
             write_checkpoint(run_dir / "checkpoint.pt", state)
-        if interrupts and over:
-            raise KeyboardInterrupt
+        if stop:
+            break
 
     for each in (env, eval_env, log.writer):
         each.close()  # the last video is written now
     if args.track:
         import_module("wandb").finish()
+    if not last:
+        raise KeyboardInterrupt
     files = ", ".join(sorted(os.listdir(run_dir)))
     print(f"{args.total_timesteps} steps are done; {run_dir} holds {files}")
     return {"evaluations": progress["evaluations"], "agent": agent}
@@ -812,14 +827,15 @@ def main() -> None:
     """Trains as the command line says; bad input is one line on stderr and exit code 2."""
     warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
     sys.unraisablehook = lambda *_: None  # and about what they could not close
-    words = [re.sub(r"(?<=\d)e(\d)$", lambda e: "0" * int(e[1]), word) for word in sys.argv[1:]]
-    args, interrupts = tyro.cli(Args, description=__doc__, args=words), []  # 1e5 is 100000
+    whole = re.compile(r"(^|=)(\d+)e(\d)$")  # 1e5 is 100000, also for flags of whole numbers
+    words = [whole.sub(lambda x: x[1] + x[2] + "0" * int(x[3]), word) for word in sys.argv[1:]]
+    args, interrupted = tyro.cli(Args, description=__doc__, args=words), Event()
 
     def interrupt(*_) -> None:
         """Ends the run when its episode ends; at once the second time, or if nothing is saved."""
-        interrupts.append("Ctrl-C, or a job system's SIGTERM")
-        if len(interrupts) > 1 or not args.checkpoint_frequency:
+        if interrupted.is_set() or not args.checkpoint_frequency:
             raise KeyboardInterrupt
+        interrupted.set()
         print("interrupted: saves when this episode ends; interrupt again to end now", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -827,7 +843,7 @@ def main() -> None:
             signal.signal(number, interrupt)
     code = 1
     try:
-        train(args, interrupts)
+        train(args, interrupted)
         return
     except InputError as error:
         code, said = 2, error
