@@ -102,6 +102,18 @@ class Outcome:
             self.rows, self.model = self.saved["buffer"]["rows"], self.saved.get("model")
 
     @property
+    def updates(self) -> int:
+        return self.agent["actor"]["t"]
+
+    @property
+    def learner(self) -> dict:
+        return self.model["learner"]
+
+    @property
+    def fitted(self) -> int:
+        return self.learner["t"]
+
+    @property
     def evaluations(self) -> list[list[str]]:
         return read_evaluations(self.folder)[1:]
 

@@ -246,106 +246,59 @@ def learns_otherwise(new, old):
     return not same(new.agent, old.agent) and len(new.rows) == len(old.rows)
 
 
-def learner(outcome) -> dict:
-    return outcome.model["learner"]
-
-
 def models_otherwise(new, old):
-    return not same(learner(new)["params"], learner(old)["params"])
+    return not same(new.learner["params"], old.learner["params"])
 
 
 def is_the_same(new, old):
     return same(new.agent, old.agent) and same(new.rows, old.rows)
 
 
-FLIPPED = {  # of each flag: the settings to change, and what must hold of the new and the old run
-    "env_id": ({"env_id": "Hopper-v5"}, lambda new, old: new.rows.shape[1] == 11 + 3 + 1 + 11 + 1),
-    "seed": (
-        {"seed": 2},
-        lambda new, old: new.folder.name.endswith("__2") and not same(new.rows[:9], old.rows[:9]),
-    ),
-    "total_timesteps": ({"total_timesteps": 70}, lambda new, old: new.step == len(new.rows) == 70),
-    "learning_starts": ({"learning_starts": 50}, learns_otherwise),
-    "updates_per_step": (
-        {"updates_per_step": 2},
-        lambda new, old: new.agent["actor"]["t"] == 2 * old.agent["actor"]["t"] == 2 * 21,
-    ),
-    "batch_size": ({"batch_size": 20}, learns_otherwise),
-    "gamma": ({"gamma": 0.5}, learns_otherwise),
-    "tau": ({"tau": 0.5}, learns_otherwise),
-    "policy_lr": ({"policy_lr": 1e-2}, learns_otherwise),
-    "q_lr": ({"q_lr": 1e-2}, learns_otherwise),
-    "autotune": (
-        {"autotune": False},
-        lambda new, old: new.agent["log_alpha"]["params"] == 0,
-    ),
-    "alpha": ({"alpha": 0.5}, learns_otherwise),
-    "target_entropy": ({"target_entropy": 3.0}, learns_otherwise),
-    "buffer_size": (
-        {"buffer_size": 50},
-        lambda new, old: len(new.rows) == 50 and new.saved["buffer"]["added"] == 60,
-    ),
-    "eval_frequency": (
-        {"eval_frequency": 20},
-        lambda new, old: [row[0] for row in new.evaluations] == ["0", "20", "40", "60"],
-    ),
-    "eval_episodes": (
-        {"eval_episodes": 3},
-        lambda new, old: {row[-1] for row in new.evaluations} == {"3"},
-    ),
-    "checkpoint_frequency": ({"checkpoint_frequency": 0}, lambda new, old: new.saved is None),
-    "run_root": ({}, lambda new, old: new.folder.parent != old.folder.parent),
-    "exp_name": ({"exp_name": "other"}, lambda new, old: "v5__other__1" in new.folder.name),
-    "device": ({"device": "cpu"}, is_the_same),
-    "precision": ({"precision": "fast"}, lambda new, old: new.step == 60),
-    "resume": ({"resume": True}, is_the_same),
-    "ensemble_size": (
-        {"ensemble_size": 4},
-        lambda new, old: len(learner(new)["m"]["layers"][0][0]) == 4,
-    ),
-    "num_elites": ({"num_elites": 3}, lambda new, old: len(new.model["elites"]) == 3),
-    "model_hidden": (
-        {"model_hidden": 24},
-        lambda new, old: learner(new)["params"]["layers"][1][0].shape == (3, 24, 24),
-    ),
-    "model_lr": ({"model_lr": 1e-2}, models_otherwise),
-    "model_beta": ({"model_beta": 0.5}, models_otherwise),
-    "model_train_frequency": (
-        {"model_train_frequency": 8},
-        lambda new, old: (learner(new)["t"], learner(old)["t"]) == (30 + 5 + 5, 30),
-    ),
-    "model_first_updates": ({"model_first_updates": 3}, lambda new, old: learner(new)["t"] == 3),
-    "model_updates": (
-        {"model_updates": 7, "model_train_frequency": 10},
-        lambda new, old: learner(new)["t"] == 30 + 7 + 7,
-    ),
-    "model_patience": ({"model_patience": 1}, lambda new, old: learner(new)["t"] not in (0, 30)),
-    "holdout_ratio": ({"holdout_ratio": 0.5}, models_otherwise),
-    "rollouts_per_step": (
-        {"rollouts_per_step": 5},
-        lambda new, old: len(new.synthetic) == 21 * 5,
-    ),
-    "rollout_schedule": (
-        {"rollout_schedule": (0, 1, 1, 2)},
-        lambda new, old: len(new.synthetic) > len(old.synthetic) == 210,
-    ),
-    "real_ratio": ({"real_ratio": 0.5}, learns_otherwise),
-    "never_terminates": (
-        {"env_id": "Pendulum-v1", "never_terminates": True},
-        lambda new, old: new.synthetic[:, -1].sum() == 0,
-    ),
-    "normalize_targets": (
-        {"normalize_targets": False},
-        lambda new, old: "targets" in old.model and "targets" not in new.model,
-    ),
-    "predict_residual": ({"predict_residual": False}, models_otherwise),
+FLIPPED = {  # of each flag: another value, and what must hold of the new and the old run
+    "env_id": ("Hopper-v5", lambda new, old: new.rows.shape[1] == 11 + 3 + 1 + 11 + 1),
+    "seed": (2, lambda new, old: new.folder.name[-3:] == "__2" and learns_otherwise(new, old)),
+    "total_timesteps": (70, lambda new, old: new.step == len(new.rows) == 70),
+    "learning_starts": (50, learns_otherwise),
+    "updates_per_step": (2, lambda new, old: new.updates == 2 * old.updates == 2 * 21),
+    "batch_size": (20, learns_otherwise),
+    "gamma": (0.5, learns_otherwise),
+    "tau": (0.5, learns_otherwise),
+    "policy_lr": (1e-2, learns_otherwise),
+    "q_lr": (1e-2, learns_otherwise),
+    "autotune": (False, lambda new, old: new.agent["log_alpha"]["params"] == 0),
+    "alpha": (0.5, learns_otherwise),
+    "target_entropy": (3.0, learns_otherwise),
+    "buffer_size": (50, lambda new, old: new.saved["buffer"]["added"] == 60 > len(new.rows) == 50),
+    "eval_frequency": (20, lambda new, old: [x[0] for x in new.evaluations][1:3] == ["20", "40"]),
+    "eval_episodes": (3, lambda new, old: {x[-1] for x in new.evaluations} == {"3"}),
+    "checkpoint_frequency": (0, lambda new, old: new.saved is None),
+    "run_root": (None, lambda new, old: new.folder.parent != old.folder.parent),
+    "exp_name": ("other", lambda new, old: "v5__other__1" in new.folder.name),
+    "device": ("cpu", is_the_same),
+    "resume": (True, is_the_same),
+    "ensemble_size": (4, lambda new, old: len(new.learner["m"]["layers"][0][0]) == 4),
+    "num_elites": (3, lambda new, old: len(new.model["elites"]) == 3),
+    "model_hidden": (24, lambda new, old: new.learner["m"]["layers"][1][0].shape == (3, 24, 24)),
+    "model_lr": (1e-2, models_otherwise),
+    "model_beta": (0.5, models_otherwise),
+    "model_train_frequency": (8, lambda new, old: new.fitted == 30 + 5 + 5 > old.fitted == 30),
+    "model_first_updates": (3, lambda new, old: new.fitted == 3),
+    "model_updates": (7, lambda new, old: new.fitted == 30 + 7 + 7),
+    "model_patience": (1, lambda new, old: new.fitted not in (0, 30)),
+    "holdout_ratio": (0.5, models_otherwise),
+    "rollouts_per_step": (5, lambda new, old: len(new.synthetic) == 21 * 5),
+    "rollout_schedule": ((0, 1, 1, 2), lambda new, old: len(new.synthetic) > 21 * 10),
+    "real_ratio": (0.5, learns_otherwise),
+    "never_terminates": (True, lambda new, old: new.synthetic[:, -1].sum() == 0),
+    "normalize_targets": (False, lambda new, old: "targets" in old.model.keys() - new.model.keys()),
+    "predict_residual": (False, models_otherwise),
 }
-BELOW = {"compile", "track", "capture_video"}
-
-
-def first_with(name: str):
-    """The shortest script that has a flag."""
-    return next(s for s in (sac, mbpo, mbpo_residual_ablation) if name in fields(s))
+ALSO = {  # what must change with a flag
+    "run_root": {},
+    "model_updates": {"model_train_frequency": 10},
+    "never_terminates": {"env_id": "Pendulum-v1"},
+}
+BELOW = {"compile", "track", "capture_video", "precision"}
 
 
 def test_every_flag_has_a_test():
@@ -356,11 +309,22 @@ def test_every_flag_has_a_test():
 @pytest.mark.parametrize("name", FLIPPED)
 def test_a_flag_does_what_it_says(name, base, tmp_path):
     """With one flag flipped a run ends, and differs from the base run as the flag says."""
-    changes, holds = FLIPPED[name]
-    script = first_with(name)
-    settings = brief(script.__name__, **({"run_root": str(tmp_path)} | changes))
-    assert set(changes) <= {name, "env_id", "model_train_frequency"}
-    assert holds(Outcome(script, settings), base(script))
+    value, holds = FLIPPED[name]
+    script = next(s for s in (sac, mbpo, mbpo_residual_ablation) if name in fields(s))
+    changes = {name: value} | ALSO.get(name, {}) | {"run_root": str(tmp_path)}
+    assert holds(Outcome(script, brief(script.__name__, **changes)), base(script))
+
+
+@pytest.mark.parametrize("value", ["exact", "fast"])
+def test_products_are_exact_or_fast(value, main):
+    """With --precision exact no product of float32 is rounded; fast leaves it to the processor."""
+    code, _, err = main(sac, flags(brief("sac", precision=value, eval_frequency=0)))
+    assert (code, err) == (0, "")
+    x = torch.full((256, 256), 1 + 2**-12, device=sac.Args().device)
+    if value == "exact":
+        assert (x @ x).amin() == 256.125
+    else:
+        assert torch.get_float32_matmul_precision() == "medium"
 
 
 def test_without_a_real_share_no_curve_is_of_nothing(tmp_path):
