@@ -56,7 +56,7 @@ from torch.func import grad_and_value
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.tensorboard import SummaryWriter
 
-VERSION = 1  # goes up when, and only when, the same settings learn otherwise than before
+VERSION = 1  # is raised only when the same settings give another learning curve
 
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -75,15 +75,13 @@ class Args:
     model_lr: float = 1e-3  # Adam step size of the ensemble (MBPO; STFL: 3e-4)
     model_beta: float = 0.0  # weighs the loss by sigma^(2 beta) (beta-NLL, arXiv 2203.09168)
     model_train_frequency: int = 250  # environment steps between fits (MBPO, STFL)
-    model_first_updates: int = 10_000  # gradient steps of the first fit (README; STFL: 5,000)
-    model_updates: int = 500  # gradient steps of every later fit (README; STFL: 5,000)
-    model_patience: int | None = None  # instead of both: epochs without 1 % gain (MBPO: 5)
+    model_first_updates: int = 10_000  # gradient steps of the first fit (STFL: 5,000)
+    model_updates: int = 500  # gradient steps of every later fit (STFL: 5,000)
+    model_patience: int | None = None  # in place of both counts: epochs without 1 % gain (MBPO: 5)
     holdout_ratio: float = 0.2  # share of the real transitions held out, at most 5,000 (MBPO)
     rollouts_per_step: int = 400  # model rollouts per environment step (MBPO, STFL)
     rollout_schedule: tuple[int, int, int, int] = (0, 1, 1, 1)  # steps START END, horizons FROM TO
-    real_ratio: float = (
-        0.05  # share of real transitions in a SAC batch, rounded down (MBPO; STFL: up)
-    )
+    real_ratio: float = 0.05  # share of real transitions in a batch, rounded down (MBPO; STFL: up)
     normalize_targets: bool = True  # targets at unit scale (FTFL) or raw (MBPO)
     predict_residual: bool = True  # predict s' - s (MBPO) or s' (FTFL)
     never_terminates: bool = False  # the task has no termination (for ids not in HEALTHY)
@@ -188,13 +186,13 @@ def init_actor(obs_dim: int, action_dim: int) -> list:
 
 
 def actor(params: list, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log standard deviation [..., A] of the policy before its tanh, at obs [..., S]."""
+    """Mean and log standard deviation [..., A] of the normal before its tanh, obs [..., S]."""
     mean, log_std = mlp(params, obs).chunk(2, -1)
     return mean, -10 + 6 * (1 + torch.tanh(log_std))  # in [-10, 2] (STFL)
 
 
 def sample_action(params: list, obs: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-    """a = tanh(u), u = mean + std noise [..., A], and log pi(a | s) [...] (SAC, equation 26)."""
+    """a = tanh(u), u = mean + std * noise [..., A], and log pi(a | s) [...] (SAC, equation 26)."""
     mean, log_std = actor(params, obs)
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
@@ -452,10 +450,10 @@ def member_errors(learner: dict, x: Tensor, y: Tensor) -> Tensor:
 
 
 def stop_early(learner, batches, epoch: int, x: Tensor, y: Tensor, update, args) -> tuple:
-    """Trains until more than `patience` epochs in a row improve no member's error by 1 % (MBPO).
+    """Trains until no member's error has fallen by 1 % in the last patience + 1 epochs (MBPO).
 
-    Each member then goes back to its weights after its own last 1 % gain, but not the bounds, nor
-    Adam's moments. Returns the last loss and the gradient steps kept, the mean over members.
+    Each member then goes back to its weights after its own last fall by 1 %; the bounds of the log
+    variance and Adam's moments stay. Returns the last loss and the mean of the gradient steps kept.
     """
     layers = learner["params"]["layers"]
     best = tree_map(Tensor.clone, layers)
@@ -499,7 +497,7 @@ def errors_on_new(model: dict, new: Batch, data: Batch, args: Args) -> dict:
 
 # --- Rollouts -------------------------------------------------------------------------------------
 def rollout_horizon(step: int, schedule: tuple[int, int, int, int]) -> int:
-    """Steps of a model rollout, a whole number on the line of --rollout-schedule (MBPO)."""
+    """Steps of a rollout: from FROM to TO in a line between START and END, rounded down (MBPO)."""
     start, end, low, high = schedule
     return low + (min(max(step, start), end) - start) * (high - low) // (end - start)
 
@@ -541,8 +539,8 @@ def resized(buffer: ReplayBuffer, capacity: int) -> ReplayBuffer:
 
 
 # --- Termination ----------------------------------------------------------------------------------
-# Rollouts must end where the task ends. Each function says of (s, a, s') [..., n] whether the task
-# goes on [...]; they are Gymnasium's v5 conditions.
+# Rollouts must end where the task ends. Each function is true where the task goes on after (s, a,
+# s') [..., n]: Gymnasium's v5 conditions. A task of your own goes into HEALTHY, too.
 
 
 def hopper_healthy(obs: Tensor, action: Tensor, next_obs: Tensor) -> Tensor:
@@ -613,10 +611,10 @@ class InputError(ValueError):
 
 
 class Checked(gym.Wrapper):
-    """An environment kept to its word: what it returns is checked, copied, and of plain types.
+    """Checks and copies what an environment returns, so that nothing wrong gets into the buffer.
 
     Observations must have the shape of their space; rewards become floats, both flags bools;
-    actions are clipped to their bounds. InputError says what else `reset` or `step` returned.
+    actions are clipped to their bounds. For anything else it raises InputError.
     `reset` seeds the global generators, too, as some environments draw from these.
     """
 
@@ -664,7 +662,7 @@ class Checked(gym.Wrapper):
 def make_env(env_id: str, render: bool = False) -> gym.Env:
     """The task with observations [S], actions in [-1, 1]^A; InputError if it can't be trained."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # libraries' words about libraries
+        with warnings.catch_warnings(action="ignore"):  # deprecations within libraries
             env = find_env(env_id, render)
             env.reset(seed=0)  # a fault is better found now than in the run
             env.step(np.zeros(env.action_space.shape, np.float32))
@@ -684,17 +682,20 @@ def find_env(env_id: str, render: bool) -> gym.Env:
     """The task of this id, checked and scaled; InputError if there is none, or not of vectors."""
     module, _, name = env_id.rpartition(":")  # <module>:<id> names the module that registers it
     kwargs = {"render_mode": "rgb_array"} if render else {}
-    hidden = {"Ant-v5": "cfrc_ext", "Humanoid-v5": "cinert cvel qfrc_actuator cfrc_ext"}  # as MBPO
-    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, "").split()}
+    hidden = {"Ant-v5": ["cfrc_ext"]}  # contact forces and the like, left out as in MBPO
+    hidden["Humanoid-v5"] = ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"]
+    kwargs |= {f"include_{part}_in_observation": False for part in hidden.get(env_id, [])}
     if name.startswith("dmc/"):
         import_module("shimmy")  # registers the suite as dm_control/<domain>-<task>-v0
-        name, kwargs["render_kwargs"] = f"dm_control/{name[4:]}-v0", {"camera_id": 0}
+        name = f"dm_control/{name[4:]}-v0"
+        kwargs["render_kwargs"] = {"camera_id": 0}
     if module:
         import_module(module)
     if name not in gym.registry:
         raise InputError(f"--env-id {env_id}: no such task{similar(env_id)}")
     limit = gym.spec(name).max_episode_steps or 1000  # the suite's own limit is 1,000, too
-    env = gym.make(name, max_episode_steps=-1, disable_env_checker=True, **kwargs)  # -1: no limit
+    # Without a limit at first (-1): what a step returns must be checked before TimeLimit takes it.
+    env = gym.make(name, max_episode_steps=-1, disable_env_checker=True, **kwargs)
     if isinstance(env.observation_space, gym.spaces.Dict):
         env = gym.wrappers.FlattenObservation(env)
     actions, states = env.action_space, env.observation_space
@@ -757,10 +758,10 @@ def play(env: gym.Env, params: list, seed: int, generator: torch.Generator | Non
 
 
 def critic_bias(agent: dict, episode: Batch, log_prob: Tensor, gamma: float) -> float:
-    """Mean over an episode's T steps, by sampled actions, of min_i Q_i(s_t, a_t) - G_t.
+    """For an episode by sampled actions: the mean over its T steps of min_i Q_i(s_t, a_t) - G_t.
 
-    G_t = r_t + gamma (G_{t+1} - alpha log pi(a_{t+1} | s_{t+1})) is what Q(s_t, a_t) stands for. At
-    the last step it is r_t if the task ended the episode; at a time limit Q itself stands in.
+    G_t = r_t + gamma (G_{t+1} - alpha log pi(a_{t+1} | s_{t+1})) is the return that Q predicts. At
+    the last step it is r_t if the task ended the episode; at a time limit it is taken to be Q.
     """
     alpha = agent["log_alpha"]["params"].exp()
     q = critic(agent["critic"]["params"], episode.obs, episode.action).amin(0)  # [T]
@@ -780,7 +781,7 @@ def evaluation_episodes(args: Args) -> tuple[int, int]:
 def evaluate(env: gym.Env, agent: dict, args: Args, step: int) -> tuple[list[float], float]:
     """Returns of episodes by mean actions, and the critics' bias in those by sampled actions.
 
-    Training goes on as if there had been no evaluation: random numbers of its own are not used up.
+    It uses no random numbers of training, which goes on as if there had been no evaluation.
     """
     params = agent["actor"]["params"]
     generator = torch.Generator(params[0][0].device).manual_seed(derive_seed(args.seed, 1, step))
@@ -934,8 +935,9 @@ def read_run(args: Args) -> tuple[dict, dict | None]:
         raise InputError(
             f"{run_dir} holds no run to go on from: choose another --exp-name"
         ) from None
-    free = "resume run_root total_timesteps checkpoint_frequency device compile track capture_video"
-    for name in sorted(settings.keys() - {*free.split(), "never_terminates"}):
+    free = {"resume", "run_root", "total_timesteps", "checkpoint_frequency", "device", "compile"}
+    free |= {"track", "capture_video", "never_terminates"}  # the last: mbpo.py checks it as it goes
+    for name in sorted(settings.keys() - free):
         if (was := held.get(name, "unknown to its script")) != settings[name]:
             change = f"{name} {was}, not {settings[name]}"
             raise InputError(f"{run_dir} holds a run with {change}: choose another --exp-name")
@@ -1129,14 +1131,14 @@ def learn(args: Args, progress: dict, interrupted: Event) -> dict:
         if step >= args.learning_starts:
             if (step - args.learning_starts) % args.model_train_frequency == 0:
                 data = buffer.unpack(buffer.rows[: len(buffer)])
-                n = args.model_first_updates
-                if "elites" in model:
+                updates = args.model_first_updates
+                if "elites" in model:  # it was fitted before
+                    updates = args.model_updates
                     new = buffer.newest(min(args.model_train_frequency, len(buffer)))
-                    new = buffer.unpack(new)
-                    log.scalars("model", step, **errors_on_new(model, new, data, args))
-                    n = args.model_updates
+                    errors = errors_on_new(model, buffer.unpack(new), data, args)
+                    log.scalars("model", step, **errors)
                 learner = model["learner"]
-                model, fit = fit_ensemble(learner, data, n, update_model, args, generator)
+                model, fit = fit_ensemble(learner, data, updates, update_model, args, generator)
                 log.scalars("model", step, **fit)
                 check_finite(step, model_loss=fit["loss"])
 
@@ -1145,16 +1147,16 @@ def learn(args: Args, progress: dict, interrupted: Event) -> dict:
             if per_horizon * horizon != len(synthetic.rows):
                 synthetic = resized(synthetic, per_horizon * horizon)
             starts = buffer.unpack(buffer.sample(args.rollouts_per_step, generator=generator))
-            given = model, agent["actor"]["params"], starts, horizon
-            synthetic.add(rollout(*given, step_model, terminates, generator))
+            actor_params = agent["actor"]["params"]
+            synthetic.add(
+                rollout(model, actor_params, starts, horizon, step_model, terminates, generator)
+            )
 
             # Update
             n, real = args.updates_per_step, int(args.real_ratio * args.batch_size)
-            rows = [
-                buffer.sample(n, real, generator=generator),
-                synthetic.sample(n, args.batch_size - real, generator=generator),
-            ]
-            rows = torch.cat(rows, 1)
+            real_rows = buffer.sample(n, real, generator=generator)
+            made_rows = synthetic.sample(n, args.batch_size - real, generator=generator)
+            rows = torch.cat([real_rows, made_rows], 1)  # [n, batch size, 2S + A + 2]
             sizes = args.updates_per_step, 2, args.batch_size, action_dim
             noise = torch.randn(sizes, generator=generator, device=device)
             for i in range(args.updates_per_step):
@@ -1209,8 +1211,8 @@ def what_is_saved(args: Args) -> str:
 
 def main() -> None:
     """Trains as the command line says; bad input is one line on stderr and exit code 2."""
-    warnings.showwarning = lambda *_, **__: None  # libraries' words about libraries
-    sys.unraisablehook = lambda *_: None  # and about what they could not close
+    warnings.showwarning = lambda *_, **__: None  # deprecations within libraries
+    sys.unraisablehook = lambda *_: None  # what libraries could not close at the end
     whole = re.compile(r"(^|=)(\d+)e(\d)$")  # 1e5 is 100000, also for flags of whole numbers
     words = [whole.sub(lambda x: x[1] + x[2] + "0" * int(x[3]), word) for word in sys.argv[1:]]
     args, interrupted = tyro.cli(Args, description=__doc__, args=words), Event()
