@@ -1078,9 +1078,8 @@ def learn(args: Args, progress: dict, interrupted: Event) -> dict:
         progress.update(saved["progress"])
         if len(saved["generator"]) == len(generator.get_state()):  # else of another kind of device
             generator.set_state(saved["generator"])
-    tree_map(
-        torch._dynamo.mark_static_address, (agent, model["learner"])
-    )  # CUDA graphs write there
+    for state in (agent, model["learner"]):
+        tree_map(torch._dynamo.mark_static_address, state)  # a CUDA graph writes there
     update = compiled_update(sac_update, args)
     update_model = compiled_update(model_update, args)
     how = {"fullgraph": True, "dynamic": False, "disable": not args.compile}
@@ -1148,9 +1147,8 @@ def learn(args: Args, progress: dict, interrupted: Event) -> dict:
                 synthetic = resized(synthetic, per_horizon * horizon)
             starts = buffer.unpack(buffer.sample(args.rollouts_per_step, generator=generator))
             actor_params = agent["actor"]["params"]
-            synthetic.add(
-                rollout(model, actor_params, starts, horizon, step_model, terminates, generator)
-            )
+            made = rollout(model, actor_params, starts, horizon, step_model, terminates, generator)
+            synthetic.add(made)
 
             # Update
             n, real = args.updates_per_step, int(args.real_ratio * args.batch_size)
