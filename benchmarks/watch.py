@@ -1,17 +1,18 @@
-"""Evaluates a run's saved policy on deterministic episodes; films them, or asks the model of them.
+"""Plays what runs have learned: evaluates and films a saved policy, or several side by side.
 
     python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --episodes 1
-    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --ahead 100
+    python benchmarks/watch.py RUN RUN RUN --gif film.gif
 
-Without --seed these are the first episodes that training evaluates at the step of the checkpoint.
-Each is filmed as an .mp4 of its own, in the task's own time. With --ahead H ahead.csv is written
-instead: of every H steps the reward, `real`, and what the saved model expects from the first of
-their states on, `model`, the median of 100 rollouts by the same policy, as some may diverge.
+A RUN holds checkpoint.pt, or is a recorded one with policy.pt. Without --seed its episodes are the
+first that training evaluates at the step that was saved; each is filmed as an .mp4 of its own, in
+the task's own time. With --gif the first is shown instead, of all runs at once from one seed, so
+that it begins alike, in one animated picture of at most 2 MB (.gif, .webp or .png).
 """
 
+import io
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -19,111 +20,113 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
-import torch
 import tyro
-from common import ROOT, InputError, load_script, load_task, run_tool
+from common import ROOT, InputError, load_script, read_policy, run_tool
+from PIL import Image, ImageDraw
 
-ROLLOUTS = 100  # of the model, from each state that it is asked about
+MOST = 2_000_000  # bytes of an animated picture
+SIZE = 200, 150  # pixels of a run in it
 
 
 @dataclass
 class Options:
-    run: tyro.conf.Positional[Path]  # folder of a run
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs
     episodes: int = 3  # how many
     seed: int | None = None  # of the episodes; by default the run's
-    video: Path | None = None  # folder of what is written; by default RUN/watch
-    ahead: int = 0  # film nothing, but ask the model about so many steps at a time
+    video: Path | None = None  # folder of the films; by default RUN/watch
+    gif: Path | None = None  # file of one animated picture of all runs
+    seconds: float = 10.0  # of the task's time that it shows
 
 
-def open_run(run: Path) -> tuple:
-    """A run's script, as a module, its Args and its checkpoint; InputError if there is none."""
-    if not (file := run / "checkpoint.pt").exists():
-        raise InputError(f"{run} holds no checkpoint.pt: no run, or one that has saved nothing yet")
+class Frames(gym.Wrapper):
+    """Keeps a picture of every so many steps of an episode, up to a last one."""
+
+    def __init__(self, env: gym.Env, every: int, last: float):
+        super().__init__(env)
+        self.every, self.last, self.steps, self.frames = every, last, 0, []
+
+    def step(self, action: np.ndarray) -> tuple:
+        if self.steps % self.every == 0 and self.steps < self.last:
+            self.frames.append(Image.fromarray(self.env.render()).resize(SIZE))
+        self.steps += 1
+        return self.env.step(action)
+
+
+class Run:
+    """A run whose policy is saved: its script, settings, step, environment, seconds of a step."""
+
+    def __init__(self, folder: Path):
+        saved = read_policy(folder)
+        self.folder, self.settings, self.step = folder, saved["settings"], saved["progress"]["step"]
+        name, self.params = Path(self.settings["script"]).name, saved["agent"]["actor"]["params"]
+        if not (file := next((x for x in (ROOT / name, ROOT / "build" / name) if x.is_file()), 0)):
+            raise InputError(f"{folder} was made by {name}, which is not in {ROOT} or its build/")
+        self.script = load_script(file)
+        self.env = self.script.make_env(self.settings["env_id"], render=True)
+        self.dt = getattr(self.env.unwrapped, "dt", None) or 1 / 30
+
+    def play(self, env: gym.Env, seed: int | None, episode: int) -> float:
+        """The return of an episode, as training evaluates it, in its environment in wrappers."""
+        seed = self.settings["seed"] if seed is None else seed
+        seed = self.script.derive_seed(seed, 1, self.step, episode)
+        return sum(self.script.play(env, self.params, seed, None)[0].reward.tolist())
+
+
+def film(run: Run, options: Options) -> None:
+    """Prints the returns of a run's episodes, and films them."""
+    folder = options.video or run.folder / "watch"
+    how = {"name_prefix": f"step-{run.step}", "fps": round(1 / run.dt)}
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        settings, _, _ = saved["settings"], saved["agent"], saved["progress"][0]
-        name = Path(settings["script"]).name
-    except Exception:  # torch.load has no error of its own
-        raise InputError(f"{file} is damaged or cut short: name another run") from None
-    if not (ROOT / name).is_file():
-        raise InputError(f"{file} was written by {name}, which is not in {ROOT}")
-    script = load_script(name)
-    known = settings.keys() & {field.name for field in fields(script.Args)}
-    return script, script.Args(**{name: settings[name] for name in known}), saved
+        env = gym.wrappers.RecordVideo(run.env, str(folder), lambda episode: True, **how)
+    except gym.error.DependencyNotInstalled:
+        raise InputError("a video needs moviepy: pip install -e '.[benchmarks]'") from None
+    returns = [run.play(env, options.seed, i) for i in range(options.episodes)]
+    env.close()
+    print(*(f"episode {i}  return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
+    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; written to {folder}")
 
 
-def look_ahead(script, args, saved, nets: dict, episodes: list, unpack, steps) -> pd.DataFrame:
-    """Columns episode, step, real, model: the reward of so many steps, and what the model expects.
-
-    Either ends earlier where the task ends episodes, and both at a time limit.
-    """
-
-    def step_model(model, actor, obs, choice, noise) -> tuple:
-        """model_step without noise in the action."""
-        return script.model_step(model, actor, obs, choice, (0.0, noise[1]), nets, args)
-
-    generator, lines = torch.Generator().manual_seed(script.derive_seed(args.seed, 3)), []
-    given = saved["model"], saved["agent"]["actor"]["params"]
-    how = script.termination_function(args), {"generator": generator, "device": "cpu"}
-    for number, episode in enumerate(episodes):
-        for step in range(0, len(episode.reward), steps):
-            real = episode.reward[step : step + steps]
-            batch = script.Batch(*(part[[step] * ROLLOUTS] for part in episode))
-            going, rewards = torch.ones(ROLLOUTS), torch.zeros(ROLLOUTS)
-            for _ in range(steps if episode.terminated[-1] else len(real)):
-                batch = unpack(script.rollout(*given, batch, 1, step_model, *how))
-                rewards += going * batch.reward
-                going *= 1 - batch.terminated
-                batch = batch._replace(obs=batch.next_obs)
-            lines.append((number, step, float(real.sum()), float(rewards.nanmedian())))
-    return pd.DataFrame(lines, columns=["episode", "step", "real", "model"])
+def animate(runs: list[Run], options: Options) -> None:
+    """Writes a picture of one episode of all runs, ten frames a second, or fewer to make it fit."""
+    if len(alike := {(run.settings["env_id"], run.step) for run in runs}) > 1:
+        raise InputError(f"--gif: these runs are not of one task and step: {sorted(alike)}")
+    seed = runs[0].settings["seed"] if options.seed is None else options.seed
+    every, strips = max(1, round(0.1 / runs[0].dt)), []
+    for run in runs:
+        env = Frames(run.env, every, options.seconds / run.dt)
+        said = f"return {run.play(env, seed, 0):.0f}"
+        print(f"{run.folder}  {said}")
+        for frame in env.frames:
+            text = f"{run.settings['exp_name']}, step {run.step:,}\n{said}"
+            ImageDraw.Draw(frame).text((4, 2), text, "white", stroke_width=1, stroke_fill="black")
+        strips.append(env.frames)
+    longest = max(map(len, strips))  # who has fallen stays as it is
+    strips = [frames + frames[-1:] * (longest - len(frames)) for frames in strips]
+    frames = [Image.fromarray(np.hstack([*map(np.asarray, x)])) for x in zip(*strips, strict=True)]
+    kind, data = options.gif.suffix[1:].upper(), b""
+    if kind != "WEBP":  # a palette, without dithering, takes a third of the bytes
+        frames = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
+    for n in (1, 2, 4, 8, 16):  # every n-th frame
+        file = io.BytesIO()
+        how = {"append_images": frames[n::n], "duration": round(1000 * n * every * run.dt)}
+        frames[0].save(file, kind, save_all=True, loop=0, **how)
+        if len(data := file.getvalue()) <= MOST:
+            break
+    options.gif.write_bytes(data)
+    print(f"{len(frames[::n])} frames, {len(data):,} bytes: {options.gif}")
 
 
 def watch(options: Options) -> None:
-    """Prints the returns of the episodes; films them, or writes what the model expects of them."""
-    if options.episodes < 1 or min(options.seed or 0, options.ahead) < 0:
-        raise InputError("--episodes must be at least 1, and --seed and --ahead 0 or more")
-    script, args, saved = open_run(options.run)
-    if options.ahead and "elites" not in saved.get("model", {}):
-        raise InputError(f"{options.run} has no fitted model to ask: leave out --ahead")
-    seed = args.seed if options.seed is None else options.seed
-    args = replace(args, eval_episodes=options.episodes, seed=seed)
-    load_task(args.env_id)
-    env = script.make_env(args.env_id, render=not options.ahead)
-    dims = env.observation_space.shape[0], env.action_space.shape[0]  # S, A
-    nets = {"actor": script.mlp(dims[0], 2 * dims[1]), "critic": script.Critic(*dims)}
-    unpack = script.ReplayBuffer(1, *dims, torch.device("cpu")).unpack
-    agent, step, episodes = saved["agent"], saved["progress"][0], []
-    try:
-        for part, net in nets.items():
-            net.load_state_dict(agent[part]["params"])
-    except (KeyError, RuntimeError):
-        raise InputError(f"{options.run} is of another version of {script.__name__}.py") from None
-    folder = options.video or options.run / "watch"
-    interval = getattr(env.unwrapped, "dt", None)  # seconds
-    how = {"name_prefix": f"step-{step}", "fps": round(1 / interval) if interval else None}
-    try:
-        if not options.ahead:
-            env = gym.wrappers.RecordVideo(env, str(folder), lambda episode: True, **how)
-    except gym.error.DependencyNotInstalled:
-        raise InputError("a video needs moviepy: pip install -e '.[benchmarks]'") from None
-
-    def keep(rows: torch.Tensor):
-        """ReplayBuffer.unpack, as evaluate() calls it with each episode, which it keeps."""
-        episodes.append(unpack(rows))
-        return episodes[-1]
-
-    returns, _ = script.evaluate(env, agent, nets, args, step, keep)
-    env.close()
-    print(*(f"episode {i}  return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
-    if options.ahead:
-        sizes = args.ensemble_size, sum(dims), dims[0] + 1, args.model_hidden
-        nets["ensemble"] = script.Ensemble(*sizes)
-        table = look_ahead(script, args, saved, nets, episodes, unpack, options.ahead)
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_csv(folder / "ahead.csv", index=False, float_format="%.6g")
-    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; written to {folder}")
+    """Films each run, or all of them in one picture."""
+    if not options.runs or options.episodes < 1 or (options.seed or 0) < 0 or options.seconds <= 0:
+        raise InputError("name a run; --episodes and --seconds must be above 0, --seed 0 or more")
+    if options.gif and options.gif.suffix not in (".gif", ".webp", ".png"):
+        raise InputError(f"--gif must end with .gif, .webp or .png, not {options.gif}")
+    runs = [Run(folder) for folder in options.runs]
+    if options.gif:
+        return animate(runs, options)
+    for run in runs:
+        film(run, options)
 
 
 if __name__ == "__main__":
