@@ -6,11 +6,10 @@
     python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
     python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
 
-A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv and scalars.csv,
-and policy.pt for watch.py; a run's own folder, with TensorBoard events for scalars.csv, will do as
-well. Runs of a script that learns otherwise today bear their version. Intervals: the middle 95 % of
-10,000 bootstrap samples, which draw seeds with replacement (Agarwal et al. 2021, arXiv 2108.13264).
-One seed gives none: [-].
+A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv, scalars.csv (or
+TensorBoard events) and policy.pt, for watch.py. It bears its version if its script has another one
+today. Intervals: the middle 95 % of 10,000 bootstrap samples, which draw seeds with replacement
+(Agarwal et al. 2021, arXiv 2108.13264). One seed gives none: [-].
 """
 
 import json
@@ -35,9 +34,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("Agg")  # figures without a display
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was resumed
 FIRST = {"dmc/walker-run": 30_000, "dmc/quadruped-walk": 30_000}  # on the README's first screen
-COLOURS = {"mbpo_residual": "tab:green", "mbpo_ftfl": "tab:red", "mbpo": "tab:blue"}  # by title
-COLOURS |= {"raw": "tab:purple", "sac_utd1,": "tab:gray", "sac_": "tab:orange", "": "tab:brown"}
-DASHES = "-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1))  # of runs of one colour
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/new_reward_error": ("error of new rewards / variance", "log"),
@@ -50,11 +46,9 @@ class Options:
     write: bool = False  # renew the document and the figures
     check: bool = False  # name documents that are out of date
     record: tuple[Path, ...] = ()  # run folders to copy into the folder of results
-    unfinished: bool = False  # record runs that were cut off as well, as far as they got
     results: Path = RESULTS  # folder of runs
 
 
-# --- Runs -----------------------------------------------------------------------------------------
 def read_events(folder: Path) -> pd.DataFrame:
     """The scalars among a run's TensorBoard events: columns step, tag, value."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -89,46 +83,35 @@ def version_of(name: str) -> int | None:
 
 
 def load(results: Path) -> pd.DataFrame:
-    """Every run under a folder, long: task, run (its title), length, seed, step, tag, value.
-
-    Tasks of FIRST come first. A title ends with the version of a script that has another one today.
-    """
+    """Every run under a folder, long: task, run (its title), length, seed, step, tag, value."""
     frames = []
     for file in sorted(results.glob("*__*__*/eval.csv")):
         args, evaluations, scalars = read_run(file.parent)
         returns = evaluations[["step"]].assign(tag="return", value=evaluations["mean"])
-        updates = args["updates_per_step"]
+        updates, version = args["updates_per_step"], args["version"]
         title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
-        if args["version"] != version_of(args["script"]):
-            title += f" (version {args['version']})"
+        title += f" (version {version})" * (version != version_of(args["script"]))
         names = {"task": args["env_id"], "run": title, "seed": args["seed"]}
-        frame = pd.concat([returns, scalars]).assign(**names, length=evaluations.step.max())
-        frames.append(frame)
+        names["length"] = evaluations.step.max()
+        frames.append(pd.concat([returns, scalars]).assign(**names))
     if not frames:
         raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
-    data = pd.concat(frames, ignore_index=True)
-    places = data.task.map(lambda task: [*FIRST, task].index(task))
-    return data.loc[places.sort_values(kind="stable").index]
+    return pd.concat(frames, ignore_index=True)
 
 
-def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -> None:
+def record(folders: tuple[Path, ...], results: Path) -> None:
     """Copies runs into a folder of results; all are read before any is written."""
     runs = {}
     for folder in (x for x in folders if x.name != "figures" and not x.is_file()):  # logs, reports
-        args, evaluations, _ = read_run(folder)
-        last, end = evaluations.step.max(), args["total_timesteps"]
+        args, *_ = read_run(folder)
         if (scalars := read_events(folder)).empty:
             raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
-        if last + args["eval_frequency"] <= end and not unfinished:
-            remedy = "--resume it to its end, or record it --unfinished"
-            raise InputError(f"{folder} is at step {last:,} of {end:,}: {remedy}")
-        target = results / folder.resolve().name
+        target, saved = results / folder.resolve().name, (folder / "checkpoint.pt").exists()
         held = read_run(target)[0] if target.exists() else {}
         for name in sorted((held.keys() & args.keys()) - {"run_root", "resume"}):
             if held[name] != args[name]:
                 change = f"{name} {held[name]}, not {args[name]}"
                 raise InputError(f"{target} holds a run with {change}: remove it to replace it")
-        saved = (folder / "checkpoint.pt").exists()
         runs[target] = folder, args, scalars, read_policy(folder) if saved else None
     for target, (folder, args, scalars, policy) in runs.items():
         target.mkdir(parents=True, exist_ok=True)
@@ -140,7 +123,6 @@ def record(folders: tuple[Path, ...], results: Path, unfinished: bool = False) -
         print(f"recorded {target}")
 
 
-# --- Tables ---------------------------------------------------------------------------------------
 def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By run, the values of one tag on one task: a row per step, a column per seed, or NaN."""
     shape = {"index": "step", "columns": "seed", "values": "value", "aggfunc": "last"}
@@ -157,10 +139,8 @@ def published(task: str, end: float = math.inf) -> pd.core.groupby.DataFrameGrou
 
 def interval(scores: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over seeds; NaN for one seed."""
-    if len(scores) < 2:
-        return math.nan, math.nan
     means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(1)
-    return tuple(np.percentile(means, [2.5, 97.5]))
+    return tuple(np.percentile(means, [2.5, 97.5])) if len(scores) > 1 else (math.nan, math.nan)
 
 
 def show(x: float) -> str:
@@ -180,14 +160,12 @@ def cell(curves: pd.DataFrame, step: int) -> str:
 
 def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
     """A Markdown table of a task: returns at these steps, also published ones."""
-    lines, tags = [], ("return", "eval/critic_bias", "model/updates")
-    returns, biases, updates = (curves_of(rows[rows.tag == tag]) for tag in tags)
+    lines, tags = [], ("return", "model/updates")
+    returns, updates = (curves_of(rows[rows.tag == tag]) for tag in tags)
     for title, curves in returns.items():
         line = {"run": title, "seeds": curves.shape[1]}
         line |= {f"return at {step:,}": cell(curves, step) for step in steps}
         last = max([step for step in steps if step <= curves.index.max()], default=0)
-        if biases:
-            line["critic bias"] = cell(biases.get(title, curves[:0]), last)
         if fits := updates.get(title, curves[:0]).loc[:last].sum().mean():
             line["model's gradient steps"] = f"{fits:,.0f}"
         lines.append(line)
@@ -230,40 +208,37 @@ def scores(data: pd.DataFrame, task: str, experiment: str, step: str, tag: str =
     return values[min(values)].loc[int(step)]  # of today's version, if there is one
 
 
-# --- Figures --------------------------------------------------------------------------------------
-def looks_of(runs: list[str]) -> dict[str, dict]:
-    """Colour and dashes of every run: those of one script have its colour, the first is solid."""
-    looks, used = {}, []
-    for run in sorted(runs, key=lambda run: (len(run), run)):
-        colour = next(COLOURS[name] for name in COLOURS if run.startswith(name))
-        dashes = DASHES[used.count(colour) % len(DASHES)]
-        looks[run], used = {"color": colour, "linestyle": dashes}, [*used, colour]
-    return looks
+def course(data: pd.DataFrame, task: str, experiment: str) -> str:
+    """The mean returns of a run's evaluations, one after the other."""
+    rows = data[(data.task == task) & data.run.str.startswith(f"{experiment},")]
+    returns = rows[rows.tag == "return"].groupby("step").value.mean()
+    return ", ".join(map(show, returns)) or "not recorded yet"
 
 
 def draw(data: pd.DataFrame, tags: dict[str, tuple], wide: int) -> plt.Figure:
     """A panel per task and tag: per run the mean of its seeds and its interval; published means."""
     panels = [*data[data.tag.isin(tags)].groupby(["task", "tag"], sort=False)]
-    height = math.ceil(len(panels) / min(wide, len(panels)))
-    how = {"figsize": (4.5 * min(wide, len(panels)) + 4, 3.8 * height), "layout": "constrained"}
-    figure, axes = plt.subplots(height, min(wide, len(panels)), squeeze=False, **how)
-    looks, shown = looks_of([*data.run.unique()]), {}
+    wide = min(wide, len(panels))
+    high = math.ceil(len(panels) / wide)
+    how = {"figsize": (4.5 * wide + 4, 3.8 * high), "layout": "constrained"}
+    figure, axes = plt.subplots(high, wide, squeeze=False, **how)
+    looks, shown = {run: plt.cm.tab20(i % 20) for i, run in enumerate(sorted({*data.run}))}, {}
     for axis, ((task, tag), rows) in zip(axes.flat, panels, strict=False):
         for run, curves in curves_of(rows).items():
             band = [interval(values[~np.isnan(values)]) for values in curves.to_numpy()]
-            (shown[run],) = axis.plot(curves.index, curves.mean(axis=1), **looks[run])
-            axis.fill_between(curves.index, *zip(*band, strict=True), alpha=0.12, **looks[run])
+            (shown[run],) = axis.plot(curves.index, curves.mean(axis=1), color=looks[run])
+            axis.fill_between(curves.index, *np.transpose(band), alpha=0.15, color=looks[run])
         end = 1.04 * rows.step.max()
         for (algorithm, source, seeds), points in published(task, end if tag == "return" else -1):
             curve, name = (points.step, points["mean"], points["std"]), f"{algorithm}\n({source})"
+            style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "markersize": 4, "capsize": 3}
             if pd.isna(seeds):  # a level, of no runs
                 shown[name] = axis.axhline(points["mean"].iloc[0], color="0.3", linestyle=":")
             else:
-                style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "markersize": 4, "capsize": 3}
                 shown[name] = axis.errorbar(*curve, color="0.3", **style)
         axis.set(title=f"{task}\n{tags[tag][0]}", yscale=tags[tag][1], xlim=(None, end))
+        axis.set(xlabel="environment step")
         axis.locator_params(axis="x", nbins=5)
-        axis.set_xlabel("environment step")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.legend(shown.values(), shown.keys(), loc="outside right", fontsize="small")
@@ -276,11 +251,10 @@ def figures_of(data: pd.DataFrame) -> dict:
     several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
     returns = {"return": ("mean return", "linear")}
     figures = {"curves": (several, returns, 3), "first": (first_screen(data), returns, 3)}
-    figures["training"] = several, TRAINING, len(TRAINING)
+    figures |= {"training": (several, TRAINING, 3)}
     return {name: x for name, x in figures.items() if x[0].tag.isin(x[1]).any()}
 
 
-# --- Documents ------------------------------------------------------------------------------------
 def diff_text(_) -> str:
     """`diff mbpo.py mbpo_ftfl.py` without the hunks of the docstrings at the top."""
     command = ["diff", "mbpo.py", "mbpo_ftfl.py"]
@@ -300,6 +274,7 @@ PARTS = {  # what may stand between markers: functions of the data, and of the m
     "mean": lambda *words: show(scores(*words).mean()),
     "cell": lambda *words: cell(scores(*words).to_frame(0).T, 0),
     "seeds": lambda *words: ", ".join(map(show, scores(*words))),
+    "course": course,
 }
 
 
@@ -334,20 +309,20 @@ def write(results: Path, data: pd.DataFrame) -> None:
     for path, text in documents_of(results, data).items():
         path.write_text(text)
     (results / "figures").mkdir(exist_ok=True)
+    drawn = figures_of(data)
     for name in ("curves", "first", "training"):
-        (results / "figures" / f"{name}.png").unlink(missing_ok=True)
-    for name, given in figures_of(data).items():
-        how = {"bbox_inches": "tight", "metadata": {"Software": None}}
-        draw(*given).savefig(results / "figures" / f"{name}.png", **how)
+        file = results / "figures" / f"{name}.png"
+        file.unlink(missing_ok=True)
+        if name in drawn:
+            draw(*drawn[name]).savefig(file, metadata={"Software": None})
 
 
 def report(options: Options) -> None:
     """Prints tables, writes or checks what is made of them, or records runs."""
-    recording = bool(options.record)
-    if options.write + options.check + recording > 1 or options.unfinished > recording:
-        raise InputError("give one of --write, --check and --record; --unfinished is for the last")
+    if options.write + options.check + bool(options.record) > 1:
+        raise InputError("give one of --write, --check and --record")
     if options.record:
-        return record(options.record, options.results, options.unfinished)
+        return record(options.record, options.results)
     data = load(options.results)
     if options.write:
         return write(options.results, data)

@@ -4,7 +4,7 @@
     python benchmarks/sweep.py GRID.toml --dry-run     checks the grid and prints its commands
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
-How a grid is written: benchmarks/README.md. All runs of one seed come before those of the next.
+How a grid is written: benchmarks/README.md. Seeds come one after the other.
 The scripts' own checks see all of it before anything starts. A run's output is in <folder>.log.
 After an interruption, a kill or a failure the same command goes on: it skips what is done and
 resumes the rest. The exit code is 1 if a run failed, and 2 for bad input. With --slurm the runs are
@@ -56,8 +56,7 @@ class Run:
     seed: int = 0
 
     @property
-    def log(self) -> Path:
-        """The file of the child's output, beside the run's folder, which it makes itself."""
+    def log(self) -> Path:  # beside the folder, which the script makes
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def done(self) -> bool:

@@ -59,28 +59,29 @@ class Run:
         saved = read_policy(folder)
         self.folder, self.settings, self.step = folder, saved["settings"], saved["progress"]["step"]
         name, self.params = Path(self.settings["script"]).name, saved["agent"]["actor"]["params"]
-        if not (file := next((x for x in (ROOT / name, ROOT / "build" / name) if x.is_file()), 0)):
+        files = [file for file in (ROOT / name, ROOT / "build" / name) if file.is_file()]
+        if not files:
             raise InputError(f"{folder} was made by {name}, which is not in {ROOT} or its build/")
-        self.script = load_script(file)
+        self.script = load_script(files[0])
         self.env = self.script.make_env(self.settings["env_id"], render=True)
         self.dt = getattr(self.env.unwrapped, "dt", None) or 1 / 30
 
-    def play(self, env: gym.Env, seed: int | None, episode: int) -> float:
+    def play(self, env: gym.Env, seed: int, episode: int) -> float:
         """The return of an episode, as training evaluates it, in its environment in wrappers."""
-        seed = self.settings["seed"] if seed is None else seed
         seed = self.script.derive_seed(seed, 1, self.step, episode)
         return sum(self.script.play(env, self.params, seed, None)[0].reward.tolist())
 
 
 def film(run: Run, options: Options) -> None:
     """Prints the returns of a run's episodes, and films them."""
+    seed = run.settings["seed"] if options.seed is None else options.seed
     folder = options.video or run.folder / "watch"
     how = {"name_prefix": f"step-{run.step}", "fps": round(1 / run.dt)}
     try:
         env = gym.wrappers.RecordVideo(run.env, str(folder), lambda episode: True, **how)
     except gym.error.DependencyNotInstalled:
         raise InputError("a video needs moviepy: pip install -e '.[benchmarks]'") from None
-    returns = [run.play(env, options.seed, i) for i in range(options.episodes)]
+    returns = [run.play(env, seed, i) for i in range(options.episodes)]
     env.close()
     print(*(f"episode {i}  return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
     print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; written to {folder}")

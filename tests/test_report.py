@@ -65,18 +65,17 @@ def test_table_of_a_task(tmp_path):
     """Means, intervals and the dash of one seed stand under their steps; a late seed is told."""
     for seed, value in enumerate((10, 20), 1):
         fits = [(999 * i, "model/updates", n) for i, n in enumerate((500, value, 7), 1)]
-        scalars = [*fits[:2], (2000, "eval/critic_bias", -value), (2997, "model/updates", 7)]
-        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), scalars=scalars)
+        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), scalars=fits)
     write_run(tmp_path, "sac", returns=(0, 60.4, 70))
     write_run(tmp_path, "late", returns=(0, 5, 7))
     write_run(tmp_path, "late", seed=2, returns=(0, 6))
     rows = rows_of(report.tables(report.load(tmp_path)))
     returns = ["return at 1,000", "return at 2,000"]
-    assert rows[WALKER] == ["seeds", *returns, "critic bias", "model's gradient steps"]
+    assert rows[WALKER] == ["seeds", *returns, "model's gradient steps"]
     name = "{}, 10 updates per step".format
-    assert rows[name("mbpo")] == ["2", "15 [10, 20]", "30 [20, 40]", "-15 [-20, -10]", "515"]
-    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", "", ""]
-    assert rows[name("late")] == ["2", "5.5 [5, 6]", "7 [-] (1 of 2 seeds)", "", ""]
+    assert rows[name("mbpo")] == ["2", "15 [10, 20]", "30 [20, 40]", "515"]
+    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", ""]
+    assert rows[name("late")] == ["2", "5.5 [5, 6]", "7 [-] (1 of 2 seeds)", ""]
     shutil.rmtree(folder_of(tmp_path, "mbpo", WALKER, 1))
     shutil.rmtree(folder_of(tmp_path, "mbpo", WALKER, 2))
     assert rows_of(report.tables(report.load(tmp_path)))[WALKER] == ["seeds", *returns]
@@ -203,16 +202,6 @@ def test_figures_leave_out_single_seeds_beside_several(tmp_path, monkeypatch):
     assert names == {"curves": {"mbpo_ftfl", "short", "one"}, "first": {"mbpo_ftfl"}}
 
 
-def test_variants_have_the_colour_of_their_script():
-    """What has the shortest name is solid and the variant is not."""
-    names = ["mbpo_early", "mbpo", "mbpo_ftfl", "mbpo_ftfl_late", "sac_utd10", "other"]
-    looks = report.looks_of(names)
-    assert looks["mbpo"]["color"] == looks["mbpo_early"]["color"]
-    assert len({look["color"] for look in looks.values()}) == 4
-    solid = [name for name in names if looks[name]["linestyle"] == "-"]
-    assert solid == ["mbpo", "mbpo_ftfl", "sac_utd10", "other"]
-
-
 def test_record_copies_a_run(trained, tmp_path):
     """Settings and curve to the byte, scalars to six digits, the policy; same report."""
     results, target = tmp_path / "results", tmp_path / "results" / trained.name
@@ -248,12 +237,11 @@ def damaged(trained, tmp_path, file: str, text: str | None):
         ("args.json", None, "args.json: No such file"),
         ("args.json", "{", "args.json: Expecting"),
         ("eval.csv", "step,mean\n", "eval.csv: no evaluation yet"),
-        ("eval.csv", "step,mean\n0,4\n40,5\n", "is at step 40 of 80: --resume it"),
         ("scalars.csv", "step,tag\n0,a\n", "scalars.csv: "),
         ("checkpoint.pt", "", "checkpoint.pt is damaged"),
     ],
 )
-def test_record_refuses_what_is_no_finished_run(trained, tmp_path, file, text, said):
+def test_record_refuses_what_is_no_run(trained, tmp_path, file, text, said):
     """One line says why, and nothing is recorded, not even the good run before it."""
     folder, results = damaged(trained, tmp_path, file, text), tmp_path / "results"
     code, out, err = main("--record", trained, folder, "--results", results)
@@ -261,9 +249,6 @@ def test_record_refuses_what_is_no_finished_run(trained, tmp_path, file, text, s
     assert said in one_error(err)
     assert str(folder) in err
     assert not results.exists()
-    if "--resume" in said:
-        assert main("--record", folder, "--results", results, "--unfinished")[0] == 0
-        assert "return at 40" in main("--results", results)[1]
 
 
 def test_record_refuses_other_settings_and_folders(trained, tmp_path):
@@ -287,7 +272,6 @@ def test_record_refuses_other_settings_and_folders(trained, tmp_path):
     [
         ("--results {tmp}/none --write", "holds no runs"),
         ("--write --check", "give one of"),
-        ("--unfinished", "--unfinished is for the last"),
         ("--frobnicate", "--frobnicate"),
     ],
 )
