@@ -15,7 +15,7 @@ by the scripts' own functions, and its errors are measured on three sets:
 
 Member e predicts y = [s', r] with mean mu_e and deviation sigma_e; v are the variances of s' - s
 and r over the data. With means E over members and transitions, and then over dimensions i, without
-those in which s' - s never varies:
+those in which s' - s never varies (if r never does, the reward's error is nan):
 
     reward        E[(mu_e - r)^2] / v_r                             1: no better than the mean
     change        E[(mu_e - s')_i^2 + sigma_e,i^2] / v_i            1: no better than s + the mean
@@ -24,14 +24,14 @@ those in which s' - s never varies:
 
 A task is refused if an action, taken again from the same simulator state, leads elsewhere. A cell
 is a name in CELLS, or a command line: --cells "mbpo_ftfl --model-lr 3e-4" build/mine. Fits are kept
-in OUT/errors.csv and not made again; OUT/summary.md and OUT/errors.png show all that are there.
+in OUT/errors.csv and not made again; OUT/table.md and OUT/errors.png show all that are there.
 """
 
-import itertools
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count, product
 from pathlib import Path
 
 import gymnasium as gym
@@ -76,7 +76,7 @@ class Options:
     every: int = 1000  # with --later: new transitions between fits
     at: tuple[int, ...] = (5000, 10_000, 20_000)  # with --later: transitions to measure at
     fresh: bool = False  # with --later: a new ensemble, and --first, whenever the data have doubled
-    dimensions: bool = False  # write errors by dimension, too, to OUT/dimensions.csv
+    dimensions: bool = False  # write each dimension's share, too: OUT/dimensions.csv
     sets: tuple[str, ...] = ("actions",)  # sets to show in the table
     jobs: int = 2  # fits at a time, one process with one thread each
     compile: bool = True  # compile the update with torch.compile
@@ -85,10 +85,9 @@ class Options:
 
 # --- Data -----------------------------------------------------------------------------------------
 def simulator(env: gym.Env) -> list:
-    """mjModel and mjData of a task of dm_control or Gymnasium; fewer of another."""
+    """mjModel and mjData of a task of dm_control or Gymnasium."""
     physics = getattr(env.unwrapped, "physics", env.unwrapped)
-    parts = [getattr(physics, name) for name in ("model", "data") if hasattr(physics, name)]
-    return [getattr(part, "ptr", part) for part in parts]
+    return [getattr(part, "ptr", part) for part in (physics.model, physics.data)]
 
 
 def step(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -97,17 +96,17 @@ def step(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray,
     return np.hstack([obs, action, reward, next_obs, terminated]), terminated or truncated
 
 
-def collect(task: str, run: Path | None, count: int, seed: int = 0, asked: bool = True) -> list:
+def collect(task: str, run: Path | None, n: int, seed: int = 0, asked: bool = True) -> list:
     """Rows [N, 2S + A + 2] and, if asked, those of new actions [M, 2S + A + 2], in float64."""
     script = load_script("mbpo.py")
     env, sim = script.make_env(task), script.make_env(task)
-    if asked and len(simulator(sim)) < 2:
+    if asked and not hasattr(getattr(sim.unwrapped, "physics", sim.unwrapped), "data"):
         raise InputError(f"{task} can't be measured: it is no task of MuJoCo")
     trained = run and script.load_policy(run, sampled=True)
     act = trained or (lambda _: 2 * torch.rand(env.action_space.shape).numpy() - 1)
     torch.manual_seed(seed)  # of all actions
     rows, others, over, sim_over = [], [], True, True
-    for t in range(count):
+    for t in range(n):
         if over:
             obs, _ = env.reset(seed=script.derive_seed(seed, t))
         action, again = act(obs), None
@@ -128,9 +127,9 @@ def collect(task: str, run: Path | None, count: int, seed: int = 0, asked: bool 
 
 
 @lru_cache(maxsize=1)  # the fits to one data set come one after another
-def data_of(task: str, run: Path | None, count: int) -> tuple:
+def data_of(task: str, run: Path | None, n: int) -> tuple:
     """Rows of the data, of new actions, of other episodes; in float32, as of the replay buffer."""
-    rows, others = collect(task, run, count)
+    rows, others = collect(task, run, n)
     return rows.float(), others.float(), collect(task, run, 5000, 1, False)[0].float()
 
 
@@ -163,9 +162,8 @@ def plan(options: Options) -> tuple[str, list, dict]:
 
 def measure(model: dict, batch, data, script, args) -> tuple[dict, dict]:
     """The four numbers on a batch, given all data; and by dimension [S + 1], nan if left out."""
-    y, before = ([b.next_obs - b.obs, b.reward[:, None]] for b in (batch, data))
-    y, before = (torch.cat(part, -1).double() for part in (y, before))
-    v = before.var(0, correction=0)
+    y, known = (torch.cat([b.next_obs - b.obs, b.reward[:, None]], -1) for b in (batch, data))
+    v = known.double().var(0, correction=0)
     v = v.where(v > 1e-24, torch.nan)
     mean, std = (x.double() for x in script.predict(model, batch.obs, batch.action, args))
     mean[..., :-1] -= batch.obs
@@ -191,7 +189,7 @@ def fit(key: tuple, run: Path | None, options: Options) -> dict:
     unpack = script.ReplayBuffer(1, *sizes, "cpu").unpack
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for the initial weights
-    snapshots, counter, tables = {}, itertools.count(1), {"dimensions": [], "errors": []}
+    snapshots, counter, tables = {}, count(1), {"dimensions": [], "errors": []}
 
     def counted(learner: dict, *batch: torch.Tensor) -> torch.Tensor:
         loss, done = update(learner, *batch), next(counter)
@@ -207,23 +205,20 @@ def fit(key: tuple, run: Path | None, options: Options) -> dict:
         data = unpack(rows[:n])
         model, _ = script.fit_ensemble(learner, data, updates, counted, args, generator)
         sets = {"rows": rows[holdout], "actions": others[: 2 * n // 5], "episodes": unseen}
-        for (done, params), (name, part) in itertools.product(snapshots.items(), sets.items()):
+        for (done, params), (name, part) in product(snapshots.items(), sets.items()):
             now = model | {"learner": {"params": params}, "elites": torch.arange(members)}
             means, each = measure(now, unpack(part), data, script, args)
-            place = dict(zip([*FIT, *PLACE], [*key, n, done, name], strict=True))
-            tables["errors"].append(pd.DataFrame([place | {k: v.item() for k, v in means.items()}]))
-            each = pd.DataFrame({**place, "dimension": names, **each})
-            tables["dimensions"].append(each.dropna())
+            row = dict(zip([*FIT, *PLACE], [*key, n, done, name], strict=True))
+            tables["errors"].append(pd.DataFrame([row | {k: v.item() for k, v in means.items()}]))
+            tables["dimensions"].append(pd.DataFrame({**row, "dimension": names, **each}).dropna())
         snapshots.clear()
     return {name: pd.concat(table) for name, table in tables.items()}
 
 
 # --- Results --------------------------------------------------------------------------------------
 def read(file: Path) -> pd.DataFrame:
-    """A CSV file without the rows that newer ones replace, or a table without rows."""
-    table = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*FIT, *PLACE])
-    names = table.columns.intersection([*FIT, *PLACE, "dimension"])
-    return table.drop_duplicates(names, keep="last")
+    """A CSV file, or a table without rows."""
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*FIT, *PLACE])
 
 
 def present(errors: pd.DataFrame, options: Options) -> None:
@@ -233,10 +228,11 @@ def present(errors: pd.DataFrame, options: Options) -> None:
     cell = shown.cell + np.where(shown.beta > 0, ", beta " + shown.beta.astype(str), "")
     mean = shown.groupby([*rows, cell])[["reward", "change"]].mean().map("{:.3g}".format)
     table = markdown((mean.reward + " / " + mean.change).unstack().fillna("").reset_index())
-    (options.out / "summary.md").write_text(f"{table}\n")
+    (options.out / "table.md").write_text(f"{table}\n")
     print(table)
-    lines = errors.query("set == 'actions' and schedule == 'one fit' and data == 'random'")
-    if len(lines):
+    single = {"set": "actions", "schedule": "one fit", "data": "random"}
+    single |= {"members": options.members, "transitions": options.transitions}
+    if len(lines := errors[(errors[[*single]] == [*single.values()]).all(axis=1)]):
         lines = lines.melt([*FIT, *PLACE], ["reward", "change"], "part", "error")
         curves = {"x": "updates", "y": "error", "hue": "cell", "style": "beta"}
         how = {"kind": "line", "errorbar": None, "facet_kws": {"sharey": False}, "height": 2.5}
@@ -255,47 +251,45 @@ def run(options: Options) -> None:
     write()  # build/
     sets = [(task, None) for task in options.tasks]
     for folder in map(Path.resolve, options.checkpoints):
-        saved = load_script("mbpo.py").read_checkpoint(folder)
-        sets.append((saved["settings"]["env_id"], folder))
+        sets += [(load_script("mbpo.py").read_checkpoint(folder)["settings"]["env_id"], folder)]
     for each in sets:
         collect(*each, 20)  # whether it can be measured at all
-    for cell, beta in itertools.product(options.cells, options.betas):
+    for cell, beta in product(options.cells, options.betas):
         pose("", cell, beta, options.members, False)
 
-    options.out.mkdir(parents=True, exist_ok=True)
     held = read(options.out / ("dimensions.csv" if options.dimensions else "errors.csv"))
     done = {*held[[*FIT, "updates", "transitions"]].itertuples(index=False, name=None)}
     (schedule, _, places), fits = plan(options), []
-    cells = itertools.product(sets, options.cells, options.betas, options.seeds)
-    for (task, folder), *rest in cells:
+    for (task, folder), *rest in product(sets, options.cells, options.betas, options.seeds):
         key = task, folder.name if folder else "random", schedule, options.members, *rest
         if not {(*key, *place) for place in places.items()} <= done:
             fits.append(joblib.delayed(fit)(key, folder, options))
+    if not fits and held.empty:
+        raise InputError("nothing to do: name a task or a run folder, cells, betas and seeds")
+    options.out.mkdir(parents=True, exist_ok=True)
     results = joblib.Parallel(options.jobs, return_as="generator_unordered")(fits)
     for tables in tqdm(results, total=len(fits), disable=None):
         for name in ["dimensions"] * options.dimensions + ["errors"]:
-            file = options.out / f"{name}.csv"
-            tables[name].to_csv(file, mode="a", header=not file.exists(), index=False)
-
-    present(read(options.out / "errors.csv"), options)
+            file, table = options.out / f"{name}.csv", tables[name]
+            table.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.5g")
+    present(read(options.out / "errors.csv").drop_duplicates([*FIT, *PLACE], keep="last"), options)
 
 
 def scales(options: Options) -> None:
-    """Writes Var[s' - s] / Var[r] and the correlations rho_i of s_i and s'_i."""
+    """Writes Var[s' - s], the mean over dimensions, over Var[r]; and of rho_i = Corr(s_i, s'_i)."""
     table = []
     for task in options.tasks:
         S = load_script("mbpo.py").make_env(task).observation_space.shape[0]
         rows = collect(task, None, options.transitions, 0, False)[0].numpy()
         s, after, reward = rows[:, :S], rows[:, -1 - S : -1], rows[:, -2 - S]
         change = (after - s).var(0)
-        pairs = zip(s.T[change > 1e-24], after.T[change > 1e-24], strict=True)
-        rho = np.array([np.corrcoef(*pair)[0, 1] for pair in pairs])
-        ratio = change[change > 1e-24].mean() / reward.var()
-        table.append([task, ratio, rho.min(), np.median(rho), (rho < 0).mean()])
+        live = change > 1e-24
+        rho = np.corrcoef(s.T[live], after.T[live]).diagonal(live.sum())
+        numbers = change[live].mean() / reward.var(), rho.min(), np.median(rho), (rho < 0).mean()
+        table.append([task, *map("{:.5g}".format, numbers)])
     options.out.mkdir(parents=True, exist_ok=True)
     columns = ["task", "residual_over_reward", "rho_min", "rho_median", "rho_negative"]
-    table = pd.DataFrame(table, columns=columns)
-    table.to_csv(options.out / "scales.csv", index=False, float_format="%.6g")
+    pd.DataFrame(table, None, columns).to_csv(options.out / "scales.csv", index=False)
 
 
 if __name__ == "__main__":
