@@ -394,28 +394,26 @@ def test_temperature_follows_the_target_entropy_or_is_kept(target_entropy, goal)
 class Chain(gym.Env):
     """From (t, p) = (0, 0), t grows by 1, p too if the action is positive; the task ends at t = 4.
 
-    Notes what it is given, and draws from the global generators.
+    Notes seed, actions and rewards of its episodes; seeds the global generators, as tasks may.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
     action_space = gym.spaces.Box(-1, 1, (1,))
 
     def __init__(self, limit: int):
-        self.limit, self.seeds, self.actions, self.rewards = limit, [], [], []
+        self.limit, self.episodes = limit, []
 
     def reset(self, seed=None, options=None):
-        self.state = np.zeros(2)
-        for part in (self.seeds, self.actions, self.rewards):
-            part.append(seed if part is self.seeds else [])
+        self.state, self.actions, self.rewards = np.zeros(2), [], []
+        self.episodes.append((seed, self.actions, self.rewards))
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
         return self.state, {}
 
     def step(self, action):
         (t, p), a = self.state, float(action[0])
         self.state = np.array([t + 1, p + (a > 0)])
-        self.actions[-1].append(a)
-        self.rewards[-1].append(t + (1 + p) * a)
-        return self.state, self.rewards[-1][-1], t + 1 == 4, t + 1 == self.limit, {}
+        self.actions.append(a), self.rewards.append(t + (1 + p) * a)
+        return self.state, self.rewards[-1], t + 1 == 4, t + 1 == self.limit, {}
 
 
 def chain_agent(alpha: float) -> dict:
@@ -480,31 +478,37 @@ def test_critic_bias_of_a_hand_computed_episode(terminated):
     assert sac.critic_bias(agent, episode, log_prob, 0.9) == pytest.approx(expected)
 
 
+def global_draws() -> list:
+    """What the global generators of Python, numpy and torch would draw next."""
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return list(states)
+
+
 def test_evaluation_plays_mean_actions_and_then_sampled_ones_for_the_bias():
     """Returns are of the former, the bias is of the latter; no random number outside is used up."""
-    env, agent, args = Chain(9), chain_agent(0.5), sac.Args(eval_episodes=3, gamma=0.9)
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    env, agent, args = Chain(9), chain_agent(0.5), sac.Args(eval_episodes=10, gamma=0.9)
+    before = global_draws()
     returns, bias = sac.evaluate(env, agent, args, 7)
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    assert after == states
-    assert len(set(env.seeds)) == len(env.seeds) == 3 + sac.BIAS_EPISODES
-    assert returns == pytest.approx([sum(rewards) for rewards in env.rewards[:3]])
-    biases, net = [], as_module(agent["actor"]["params"]).requires_grad_(False)
-    for i, actions in enumerate(env.actions):
+    assert global_draws() == before
+    episodes, biases, net = env.episodes, [], as_module(agent["actor"]["params"])
+    assert len({seed for seed, *_ in episodes}) == len(episodes) == 10 + 2
+    assert returns == pytest.approx([sum(rewards) for *_, rewards in episodes[:10]])
+    for i, (_, actions, rewards) in enumerate(episodes):
         action = torch.tensor(actions)[:, None]
-        p = action[:, 0].gt(0).cumsum(0)
-        states = torch.stack([torch.arange(5), torch.cat([torch.zeros(1), p])], 1).float()
-        mean, raw = net(states[:4]).chunk(2, 1)
-        if i < 3:
+        moved = torch.cat([torch.zeros(1), action[:, 0].gt(0).cumsum(0)])
+        states = torch.stack([torch.arange(5), moved], 1)
+        with torch.no_grad():
+            mean, raw = net(states[:4]).chunk(2, 1)
+        if i < 10:
             torch.testing.assert_close(action, torch.tanh(mean))
             continue
-        distribution = Normal(mean, (-4 + 6 * torch.tanh(raw)).exp())
-        distribution = TransformedDistribution(distribution, [TanhTransform()])
-        reward, ends = torch.tensor(env.rewards[i]), torch.tensor([0.0, 0.0, 0.0, 1.0])
-        episode = sac.Batch(states[:4], action, reward, states[1:], ends)
-        biases.append(sac.critic_bias(agent, episode, distribution.log_prob(action)[:, 0], 0.9))
-    assert bias == pytest.approx(np.mean(biases), rel=1e-3)
-    assert env.actions[3] != env.actions[4]
+        normal = Normal(mean, (-4 + 6 * torch.tanh(raw)).exp())
+        log_prob = TransformedDistribution(normal, [TanhTransform()]).log_prob(action)[:, 0]
+        ends = torch.tensor([0.0, 0.0, 0.0, 1.0])
+        episode = sac.Batch(states[:4], action, torch.tensor(rewards), states[1:], ends)
+        biases.append(sac.critic_bias(agent, episode, log_prob, 0.9))
+    assert bias == pytest.approx(sum(biases) / 2, rel=1e-3)
+    assert episodes[10][1] != episodes[11][1]
     assert sac.evaluate(env, agent, args, 7) == (returns, bias)
     assert sac.evaluate(env, agent, args, 8)[1] != bias
 
