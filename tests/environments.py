@@ -4,6 +4,7 @@ import random
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 
 LATE = 60  # steps of an instance, one of which tries it out, after which a late fault shows
@@ -118,6 +119,7 @@ for name, given in {
     "Picture-v0": {"observations": Box(0, 255, (8, 8, 3), np.uint8)},
     "NumpysGenerator-v0": {"draw": lambda: np.random.normal(size=3)},
     "PythonsGenerator-v0": {"draw": lambda: np.array([random.gauss(0, 1) for _ in range(3)])},
+    "TorchsGenerator-v0": {"draw": lambda: torch.randn(3).numpy()},
     "LongObservation-v0": {"observe": lambda state, late: np.append(state, zeros(1))},
     "LateLongObservation-v0": {"observe": lambda state, late: np.append(state, zeros(int(late)))},
     "LateText-v0": {"reward": lambda state, late: "much" if late else 0.0},

@@ -89,37 +89,20 @@ def read_evaluations(folder: Path) -> list[list[str]]:
 
 
 class Outcome:
-    """A finished run: what train returned, its folder and its checkpoint."""
+    """A finished run: what train returned, its folder, evaluations and checkpoint."""
 
     def __init__(self, script, settings: dict):
         args = script.Args(**settings)
         self.result = script.train(args)
         self.folder = folder_of(args.run_root, args.exp_name, args.env_id, args.seed)
-        self.saved = None
-        if (self.folder / "checkpoint.pt").exists():
-            self.saved = read_checkpoint(self.folder)
+        self.evaluations = read_evaluations(self.folder)[1:] if args.eval_frequency else None
+        self.saved = read_checkpoint(self.folder) if args.checkpoint_frequency else None
+        if self.saved:
             self.step, self.agent = self.saved["progress"]["step"], self.saved["agent"]
-            self.rows, self.model = self.saved["buffer"]["rows"], self.saved.get("model")
-
-    @property
-    def updates(self) -> int:
-        return self.agent["actor"]["t"]
-
-    @property
-    def learner(self) -> dict:
-        return self.model["learner"]
-
-    @property
-    def fitted(self) -> int:
-        return self.learner["t"]
-
-    @property
-    def evaluations(self) -> list[list[str]]:
-        return read_evaluations(self.folder)[1:]
-
-    @property
-    def synthetic(self) -> torch.Tensor:
-        return self.saved["synthetic"]["rows"]
+            self.rows, self.updates = self.saved["buffer"]["rows"], self.agent["actor"]["t"]
+        if self.saved and "model" in self.saved:
+            self.model, self.synthetic = self.saved["model"], self.saved["synthetic"]["rows"]
+            self.learner, self.fitted = self.model["learner"], self.model["learner"]["t"]
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
