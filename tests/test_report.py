@@ -170,13 +170,11 @@ def test_a_figure_shows_the_mean_its_interval_and_published_points(tmp_path):
     write_run(tmp_path, "sac", env_id="Hopper-v5")
     drawn = report.figures_of(report.load(tmp_path))
     figure, training = (report.draw(*drawn[name]) for name in ("curves", "training"))
-    assert [x.get_title() for x in figure.axes] == [
-        f"{WALKER}\nmean return",
-        "Hopper-v5\nmean return",
-    ]
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["Hopper-v5\nmean return", f"{WALKER}\nmean return"]
     (panel,) = training.axes
     assert (panel.get_yscale(), [*panel.lines[0].get_ydata()]) == ("log", [0.5])
-    walker = figure.axes[0]
+    walker = figure.axes[1]
     assert [*walker.lines[0].get_ydata()] == [*[0] * 9, 20, 40]
     band = walker.collections[0].get_paths()[0].vertices
     assert {(9000, 10), (9000, 30), (10000, 20), (10000, 60)} <= set(map(tuple, band.tolist()))
