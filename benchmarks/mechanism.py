@@ -178,8 +178,7 @@ def measure(model: dict, batch, data, script, args) -> tuple[dict, dict]:
 def fit(key: tuple, run: Path | None, options: Options) -> dict:
     """All fits of an ensemble, in a worker: its rows of each CSV file."""
     torch.set_num_threads(1)
-    task, _, _, members, cell, beta, seed = key
-    _, fits, places = plan(options)
+    (task, _, _, members, cell, beta, seed), (_, fits, places) = key, plan(options)
     rows, others, unseen = data_of(task, run, fits[-1][0])
     script, args, update = pose(task, cell, beta, members, options.compile)
     env = script.make_env(task)
@@ -235,9 +234,10 @@ def present(errors: pd.DataFrame, options: Options) -> None:
     if len(lines := errors[(errors[[*single]] == [*single.values()]).all(axis=1)]):
         lines = lines.melt([*FIT, *PLACE], ["reward", "change"], "part", "error")
         curves = {"x": "updates", "y": "error", "hue": "cell", "style": "beta"}
-        how = {"kind": "line", "errorbar": None, "facet_kws": {"sharey": False}, "height": 2.5}
+        how = {"kind": "line", "errorbar": None, "facet_kws": {"sharey": False}, "height": 3}
         grid = sns.relplot(lines, row="part", col="task", **curves, **how)
         grid.set(xscale="log", yscale="log", xlabel="gradient steps").refline(y=1, lw=0.7)
+        grid.tick_params(which="minor", labelbottom=False)
         grid.set_titles("{row_name}, {col_name}").savefig(options.out / "errors.png", dpi=100)
 
 
