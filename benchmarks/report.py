@@ -34,6 +34,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("Agg")  # figures without a display
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was resumed
 FIRST = {"dmc/walker-run": 30_000, "dmc/quadruped-walk": 30_000}  # on the README's first screen
+SUMMARY = {  # columns of the README's table, and the experiments that may stand there
+    "SAC": ("sac_utd10", "sac_utd20"),
+    "MBPO": ("mbpo",),
+    "FTFL": ("mbpo_ftfl",),
+    "ablation": ("mbpo_residual_ablation",),
+}
 TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
     "eval/critic_bias": ("critic bias", "symlog"),
     "model/new_reward_error": ("error of new rewards / variance", "log"),
@@ -194,9 +200,22 @@ def first_screen(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(data: pd.DataFrame) -> str:
-    """A table per task of the README's first screen."""
-    tasks = first_screen(data).groupby("task", sort=False)
-    return "\n\n".join(table(task, rows, [FIRST[task]]) for task, rows in tasks)
+    """A row per task with both MBPO and FTFL: returns where the shortest of these runs end."""
+    lines, returns = [], data[data.tag == "return"]
+    for task, rows in returns.groupby("task", sort=False):
+        rows = rows.assign(name=rows.run.str.split(",").str[0])
+        rows = rows[rows.name.isin(sum(SUMMARY.values(), ()))]
+        if not {"mbpo", "mbpo_ftfl"} <= {*rows.name}:
+            continue
+        step = rows.groupby("run").length.max().min()
+        found = {run.split(",")[0]: curves for run, curves in curves_of(rows).items()}
+        seeds = max(curves.shape[1] for curves in found.values())
+        line = {"task": task, "steps": f"{step:,}", "seeds": seeds}
+        for column, names in SUMMARY.items():
+            known = [found[name] for name in names if name in found]
+            line[column] = cell(known[0], step) if known else ""
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
 
 
 def scores(data: pd.DataFrame, task: str, experiment: str, step: str, tag: str = "return"):
