@@ -184,16 +184,18 @@ def test_reject_ends_doubtful_branches(script, patched):
 
 @pytest.mark.parametrize("script", MODEL)
 def test_reject_doubts_as_torch_says(script, patched):
-    """Of two elites: KL(p || g) / 2 + KL(q || g) / 2, g their normalized geometric mean."""
+    """Of two elites: KL(g || p) / 2 + KL(g || q) / 2, g their normalized geometric mean."""
     module = patched("reject", script)
     args, model, data, actor = fitted(module)
     model["elites"] = model["elites"][:2]
+    bias = model["learner"]["params"]["layers"][-1][1]
+    bias += torch.randn(bias.shape, generator=torch.Generator().manual_seed(0))  # spreads differ
     action, *_, doubt = steps(module, args, model, actor, data.obs, torch.zeros(200).long())
     mean, std = module.predict(model, data.obs, action, args)
     var = 2 / (1 / std**2).sum(0)
     middle = torch.distributions.Normal(var * (mean / std**2).sum(0) / 2, var.sqrt())
     kls = [
-        torch.distributions.kl_divergence(torch.distributions.Normal(*p), middle)
+        torch.distributions.kl_divergence(middle, torch.distributions.Normal(*p))
         for p in zip(mean, std, strict=True)
     ]
     torch.testing.assert_close(doubt, (sum(kls) / 2).sum(-1), rtol=1e-3, atol=1e-4)

@@ -135,14 +135,12 @@ def test_what_is_generated_follows_from_the_files(tmp_path, monkeypatch):
     assert main("--write", "--results", results) == (0, "", "")
     assert main("--check", "--results", results) == (0, "", "")
     text = readme.read_text()
-    bare = "".join(x for x in text if x != "\n").split("-->")
     assert "It is <!-- mean dmc/walker-run mine 1000 -->86<!-- /mean --> (" in text
     assert ">81, 90<" in text
     assert ">0.0085 [0.0081, 0.009]<" in text
     assert text.endswith("<!-- other --> stays\n")
-    assert text.count("```diff") == 1
+    assert "<!-- diff -->\n```diff\n" in text
     assert "fit_scaler" in text
-    assert len(bare) > 10
     readme.write_text(text.replace(">86<", ">87<"))
     assert main("--check", "--results", results)[1] == f"{readme} is out of date: give --write\n"
     readme.write_text(text.replace("mean dmc/walker-run mine 1000", f"mean {WALKER} mine 1001"))
