@@ -4,7 +4,6 @@ import csv
 import json
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import shimmy  # noqa: F401  # registers the suite
 from helpers_run import ROOT, SCRIPTS, fields
@@ -13,7 +12,7 @@ import mbpo_ftfl
 
 SETTINGS = {
     "env_id": "dmc/cartpole-swingup",
-    "seed": 1,
+    "seed": 3,
     "learning_starts": 500,
     "total_timesteps": 1250,
     "updates_per_step": 4,
@@ -40,14 +39,12 @@ MODEL = {
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_script_learns(script, tmp_path, monkeypatch):
-    """A pole that hangs is swung up: the mean return of the last two evaluations is above 20.
+    """A pole that hangs is swung up: the return of the last evaluation is above 25.
 
-    Seeds 1, 2 and 3 reached sac 43, 35, 30; mbpo 29, 40, 29; mbpo_ftfl 36, 36, 28 and
-    mbpo_residual_ablation 31, 38, 31. Broken on purpose, with seed 1: critics without the reward
-    in their target 0, 0, 0 and 2; a model that predicts no reward 0, 0 and 2 of mbpo, mbpo_ftfl
-    and mbpo_residual_ablation; one that says s' = s 4, 6 and 4. The seed is fixed, as seed 3 would
-    prove little: its first policy has 26 without learning (seed 1: 14, seed 2: 1), and mbpo without
-    predicted rewards 29 at the end (sac without rewards 13, mbpo_ftfl with s' = s 10).
+    It reached 32 with sac, 38 with mbpo, 31 with mbpo_ftfl and 41 with mbpo_residual_ablation, from
+    0 of the first policy. Broken on purpose: critics or a model without rewards end at 7, 0, 3 and
+    0, a model that says s' = s at 1, 3 and 18. The seed is fixed to one with a poor first policy,
+    as that of others has up to 41 without learning.
     """
     coarse = {"control_timestep": 0.05}  # seconds: 200 steps an episode, instead of 1,000
     kwargs = gym.spec("dm_control/cartpole-swingup-v0").kwargs
@@ -57,22 +54,22 @@ def test_a_script_learns(script, tmp_path, monkeypatch):
     settings = SETTINGS | ({} if script.__name__ == "sac" else MODEL)
     rows = script.train(script.Args(**settings, run_root=str(tmp_path)))["evaluations"]
     returns = [float(row.split(",")[1]) for row in rows]
-    assert returns[0] < 20
-    assert np.mean(returns[-2:]) > 20, returns
+    assert returns[0] < 1
+    assert returns[-1] > 25, returns
 
 
 @pytest.mark.slow
 def test_walker_run_is_learned_as_recorded(tmp_path):
     """With the settings of the recorded runs, FTFL's return at 15,000 steps is in their range.
 
-    The three of them, of seeds 1 to 3, say how far runs differ, but few as they are not how far at
-    most: the range is widened by a half to each side. It takes some 25 minutes on a CPU.
+    Three runs, of seeds 1 to 3, do not say how far runs may differ at most: the range is widened by
+    a factor of 1.5 to each side. It takes some 25 minutes on a CPU, and 3 on a GPU.
     """
     recorded = [ROOT / f"benchmarks/results/dmc-walker-run__mbpo_ftfl__{i}" for i in (1, 2, 3)]
     held = json.loads((recorded[0] / "args.json").read_text())
     settings = {name: held[name] for name in fields(mbpo_ftfl).keys() & held.keys()}
     settings |= {"total_timesteps": 15_000, "rollout_schedule": tuple(held["rollout_schedule"])}
-    settings |= {"run_root": str(tmp_path), "device": mbpo_ftfl.Args().device}
+    settings |= {"run_root": str(tmp_path), "device": mbpo_ftfl.Args().device, "resume": False}
     rows = mbpo_ftfl.train(mbpo_ftfl.Args(**settings))["evaluations"]
     returns = {int(row.split(",")[0]): float(row.split(",")[1]) for row in rows}
     known = [list(csv.DictReader((each / "eval.csv").open())) for each in recorded]
