@@ -10,25 +10,11 @@ import mbpo
 import mbpo_ftfl
 import mbpo_residual_ablation as ablation
 
-SETTINGS = {
-    "env_id": "Hopper-v5",
-    "total_timesteps": 120,
-    "learning_starts": 80,
-    "updates_per_step": 2,
-    "batch_size": 32,
-    "ensemble_size": 3,
-    "num_elites": 2,
-    "model_hidden": 32,
-    "model_train_frequency": 20,
-    "model_first_updates": 40,
-    "model_updates": 20,
-    "rollouts_per_step": 20,
-    "rollout_schedule": (90, 110, 1, 3),
-    "eval_frequency": 60,
-    "eval_episodes": 1,
-    "device": "cpu",
-    "compile": False,
-}
+SETTINGS = {"env_id": "Hopper-v5", "total_timesteps": 120, "learning_starts": 80}
+SETTINGS |= {"updates_per_step": 2, "batch_size": 32, "ensemble_size": 3, "num_elites": 2}
+SETTINGS |= {"model_hidden": 32, "model_train_frequency": 20, "model_first_updates": 40}
+SETTINGS |= {"model_updates": 20, "rollouts_per_step": 20, "rollout_schedule": (90, 110, 1, 3)}
+SETTINGS |= {"eval_frequency": 60, "eval_episodes": 1, "device": "cpu", "compile": False}
 CELLS = {  # by name: the script, and its options (targets at unit scale, predicts s' - s)
     "mbpo": (mbpo, {}),
     "raw, residual": (ablation, {"normalize_targets": False, "predict_residual": True}),

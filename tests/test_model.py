@@ -132,23 +132,13 @@ def test_every_member_is_a_network_of_its_own(shape):
         assert_close((mean[e], log_var[e]), own)
 
 
-def test_log_variance_is_softly_clamped():
-    """Log variances follow the formula inside, and stay at the bounds far outside."""
-    params = mbpo.init_ensemble(1, 2, 7, 4)
-    raw = [-1e4, -20.0, -10.0, -4.0, 0.5, 3.0, 1e4]
-    params["layers"][4][0].zero_(), params["layers"][4][1].copy_(torch.tensor([0.0] * 7 + raw))
-    actual = mbpo.ensemble(params, torch.randn(1, 1, 2))[1].flatten().tolist()
-    for value, given_value in zip(actual, raw, strict=True):
-        upper = 0.5 - softplus(0.5 - given_value)
-        assert value == pytest.approx(-10 + softplus(upper + 10), abs=1e-5)
-        assert -10 <= value <= 0.5 + 1e-4  # the lower clamp lifts all by up to log(1 + e^-10.5)
-    assert actual == sorted(actual)
-    assert (actual[0], actual[-1]) == (pytest.approx(-10), pytest.approx(0.5, abs=1e-4))
-
-
-def softplus(x: float) -> float:
-    """log(1 + e^x), without overflow."""
-    return max(x, 0) + math.log1p(math.exp(-abs(x)))
+def test_log_variance_stays_between_its_bounds():
+    """However far out the network says it is, the log variance stops at the nearer bound."""
+    params = mbpo.init_ensemble(1, 2, 2, 4)
+    params["layers"][4][0].zero_(), params["layers"][4][1].copy_(torch.tensor([0, 0, -1e4, 1e4]))
+    low, high = mbpo.ensemble(params, torch.randn(1, 1, 2))[1].flatten().tolist()
+    assert low == pytest.approx(-10)
+    assert high == pytest.approx(0.5, abs=1e-4)  # lifted by the lower clamp, by log(1 + e^-10.5)
 
 
 def loss_by_torch(params: dict, x, y, beta: float):
@@ -208,11 +198,9 @@ def test_scaler_of_dimensions_that_vary():
     """Rows at unit scale have mean 0 and population deviation 1, whatever their units."""
     x = torch.randn(500, 4) * torch.tensor([1e-4, 1.0, 7.0, 1e4]) + torch.tensor([0, 3.0, -5, 9])
     mean, std = mbpo.fit_scaler(x)
-    torch.testing.assert_close(mean, x.sum(0) / 500)
-    torch.testing.assert_close(std**2, ((x - mean) ** 2).sum(0) / 500)
+    assert_close((mean, std**2), (x.sum(0) / 500, ((x - mean) ** 2).sum(0) / 500))
     unit = mbpo.normalize(x, (mean, std))
-    torch.testing.assert_close(unit, (x - mean) / std)
-    torch.testing.assert_close(unit.square().mean(0), torch.ones(4))
+    assert_close((unit.mean(0), unit.square().mean(0)), (torch.zeros(4), torch.ones(4)))
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.3, 7.7, -1234.5, 1e-9])
@@ -261,21 +249,6 @@ def test_prediction_is_that_of_each_elite_in_the_tasks_units(cell):
     assert_close(actual, (torch.stack(means), torch.stack(stds)), rtol=1e-4, atol=1e-5)
 
 
-def test_prediction_undoes_targets(cell, monkeypatch):
-    """A model that is sure of the targets, at unit scale or not, gives s' and r again."""
-    batch, model = random_batch(50), make_model(cell)
-    targets = cell.targets(batch)
-    if cell.scaled:
-        model["targets"] = mbpo.fit_scaler(targets)
-        targets = mbpo.normalize(targets, model["targets"])
-    sure = targets[None], torch.full((1, 50, S + 1), -200.0)
-    monkeypatch.setattr(cell.script, "ensemble", lambda params, x: sure)
-    mean, std = cell.script.predict(model, batch.obs, batch.action, cell.args())
-    expected = torch.cat([batch.next_obs, batch.reward[:, None]], 1)[None]
-    torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-5)
-    assert std.max() < 1e-30
-
-
 @pytest.mark.parametrize("choice", [[0] * 6, [1] * 6, [0, 1, 1, 0, 0, 1]])
 def test_model_step_samples_from_the_chosen_elite(cell, choice):
     """The action is the policy's; s' and r are mean plus deviation times noise, of one elite."""
@@ -295,49 +268,41 @@ def test_errors_on_new_by_hand(cell):
     model, new, data = make_model(cell), random_batch(4), random_batch(9)
     mean, std = cell.script.predict(model, new.obs, new.action, cell.args())
     errors = cell.script.errors_on_new(model, new, data, cell.args())
-    changes = []
-    for d in range(S):
-        samples = [  # E[(mean + std noise - s')^2] = (mean - s')^2 + std^2
-            (mean[k, i, d] - new.next_obs[i, d]).item() ** 2 + std[k, i, d].item() ** 2
-            for k in range(2)
-            for i in range(4)
-        ]
-        changes.append(sum(samples) / 8 / variance((data.next_obs - data.obs)[:, d].tolist()))
-    squares = [(mean[k, i, -1] - new.reward[i]).item() ** 2 for k in range(2) for i in range(4)]
-    spread = variance(data.reward.tolist())
+    changes = data.next_obs - data.obs
+    change_errors = []
+    for d in range(S):  # E[(mean + std noise - s')^2] = (mean - s')^2 + std^2
+        squares = (mean[..., d] - new.next_obs[:, d]) ** 2 + std[..., d] ** 2
+        change_errors.append(squares.sum() / 8 / changes[:, d].var(correction=0))
+    reward_squares, variance = (mean[..., -1] - new.reward) ** 2, data.reward.var(correction=0)
     expected = {
-        "new_reward_error": sum(squares) / 8 / spread,
-        "new_change_error": sum(changes) / S,
-        "new_reward_std_ratio": std[..., -1].mean().item() / math.sqrt(spread),
+        "new_reward_error": reward_squares.sum() / 8 / variance,
+        "new_change_error": sum(change_errors) / S,
+        "new_reward_std_ratio": std[..., -1].sum() / 8 / variance.sqrt(),
     }
-    assert {name: x.item() for name, x in errors.items()} == pytest.approx(expected, rel=1e-4)
-
-
-def variance(numbers: list[float]) -> float:
-    """Mean squared deviation from the mean."""
-    mean = sum(numbers) / len(numbers)
-    return sum((x - mean) ** 2 for x in numbers) / len(numbers)
+    assert_close(errors, expected)
 
 
 def test_errors_on_new_are_of_transitions_not_fitted_yet(tmp_path, monkeypatch):
     """In a run, before each later fit, they are of all transitions since the last, and no other."""
     fitted, asked, logged = [], [], []
-    fit, errors = mbpo.fit_ensemble, mbpo.errors_on_new
 
-    def noting_fit(learner, data, *rest):
+    def fit(learner, data, *rest, _fit=mbpo.fit_ensemble):
         fitted.append(data.obs.tolist())
-        return fit(learner, data, *rest)
+        return _fit(learner, data, *rest)
 
-    def noting_errors(model, new, data, args):
+    def errors(model, new, data, args):
         asked.append((new.obs.tolist(), data.obs.tolist()))
-        return errors(model, new, data, args)
+        return {"new_error": 0.0}
 
     def scalars(log, group, step, **values):
-        logged.extend((step, name) for name in values if name.startswith("new_"))
+        logged.extend((step, name) for name in values if name == "new_error")
 
-    monkeypatch.setattr(mbpo, "fit_ensemble", noting_fit)
-    monkeypatch.setattr(mbpo, "errors_on_new", noting_errors)
-    monkeypatch.setattr(mbpo.Log, "scalars", scalars)
+    for place, name, stand_in in [
+        (mbpo, "fit_ensemble", fit),
+        (mbpo, "errors_on_new", errors),
+        (mbpo.Log, "scalars", scalars),
+    ]:
+        monkeypatch.setattr(place, name, stand_in)
     counts = {"total_timesteps": 60, "learning_starts": 25, "model_train_frequency": 15}
     counts |= {"model_first_updates": 2, "model_updates": 2, "model_hidden": 8}
     counts |= {"updates_per_step": 1, "batch_size": 20, "rollouts_per_step": 4}
@@ -345,9 +310,7 @@ def test_errors_on_new_are_of_transitions_not_fitted_yet(tmp_path, monkeypatch):
     mbpo.train(mbpo.Args(**env, **counts, compile=False, eval_frequency=0))
     assert [len(rows) for rows in fitted] == [25, 40, 55]
     assert asked == [(rows[-15:], rows) for rows in fitted[1:]]
-    assert fitted[2][:25] == fitted[0]
-    names = ["new_reward_error", "new_change_error", "new_reward_std_ratio"]
-    assert logged == [(step, name) for step in (40, 55) for name in names]
+    assert logged == [(40, "new_error"), (55, "new_error")]
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.3])
@@ -397,22 +360,17 @@ class Fit:
         return model, metrics
 
 
-@pytest.mark.parametrize("updates", [1, 3, 7])
-def test_fit_takes_so_many_updates_and_keeps_the_last_weights(cell, updates):
-    """Neither errors that fall nor errors that rise end it, and no earlier weights come back."""
-    fit = Fit(cell, [[1.0, 9.0], [2.0, 0.1], [3.0, 0.2], [4.0, 0.1]])
+@pytest.mark.parametrize("updates", [2, 7])
+def test_fit_takes_so_many_updates_and_elites_are_the_best_on_the_holdout(cell, updates):
+    """Falling or rising errors do not end it; the last weights stay, and choose the elites."""
+    errors = [[0.1, 0.2, 0.3, 0.4, 0.5], [3.0, 0.5, 2.0, 0.25, 1.0]]
+    fit = Fit(cell, errors, num_elites=3)
     model, metrics = fit.run(updates)
     assert metrics["updates"] == metrics["loss"] == len(fit.given) == updates
-    assert all(x.shape == (2, 256, 2) for x in fit.given)
+    assert all(x.shape == (5, 256, 2) for x in fit.given)
     params = model["learner"]["params"]
     for tensor in (*params["layers"][0], params["max_log_var"]):
         assert tensor.eq(updates).all()
-
-
-def test_elites_are_the_members_of_least_holdout_error(cell):
-    """They are ordered by the error of their last weights, and holdout_mse is theirs."""
-    errors = [[0.1, 0.2, 0.3, 0.4, 0.5], [3.0, 0.5, 2.0, 0.25, 1.0]]
-    model, metrics = Fit(cell, errors, num_elites=3).run(2)
     assert model["elites"].tolist() == [3, 1, 4]
     assert metrics["holdout_mse"].item() == pytest.approx((0.25 + 0.5 + 1) / 3)
 
@@ -458,23 +416,6 @@ def test_every_member_has_a_bootstrap_sample_of_its_own(cell):
         assert not torch.equal(fit.trained[0, e].sort().values, fit.trained[1, e].sort().values)
     assert not torch.equal(samples[0], samples[1])
     assert not torch.equal(samples[0], samples[2])
-
-
-def test_inputs_and_targets_of_an_update_belong_together(cell):
-    """Row by row, an update gets the normalized inputs of a transition and its own target."""
-    batch, pairs, learner = random_batch(200), [], mbpo.adam_init(make_ensemble(3), CPU)
-
-    def update(learner, x, y):
-        pairs.append((x.flatten(0, 1), y.flatten(0, 1)))
-        return torch.zeros(())
-
-    model, _ = cell.fit(learner, batch, 2, update, cell.args())
-    x = mbpo.normalize(torch.cat([batch.obs, batch.action], 1), model["inputs"])
-    y = cell.targets(batch)
-    y = mbpo.normalize(y, model["targets"]) if cell.scaled else y
-    for inputs, targets in pairs:
-        index = torch.cdist(inputs, x).argmin(1)
-        assert_close((x[index], y[index]), (inputs, targets))
 
 
 def test_fit_with_patience_stops_early(cell):
@@ -555,16 +496,16 @@ def test_rollout_horizon_is_on_the_line(schedule, share):
 class Walk:
     """A scripted model: state (branch, steps so far); notes what it is given."""
 
-    def __init__(self, lengths: list[int], elites: int = 3):
+    def __init__(self, lengths: list[int]):
         self.lengths, self.calls, self.asked = torch.tensor(lengths), [], []
-        self.model = {"elites": torch.arange(elites)}
+        self.model = {"elites": torch.arange(3)}
 
     def step(self, model, actor, obs, choice, noise):
         """One step on; the action tells the step, the reward the branch and the step."""
-        self.calls.append((model, actor, obs, choice, noise))
+        assert (model, actor) == (self.model, "actor")
+        self.calls.append((obs, choice, noise))
         next_obs = obs + torch.tensor([0.0, 1.0])
-        action = next_obs[:, 1:].expand(-1, 3) / 10
-        return action, next_obs, 100 * obs[:, 0] + obs[:, 1]
+        return next_obs[:, 1:].expand(-1, 3) / 10, next_obs, 100 * obs[:, 0] + obs[:, 1]
 
     def terminates(self, obs, action, next_obs):
         """Branch b ends with its step lengths[b], and would not with any later one."""
@@ -581,10 +522,16 @@ class Walk:
 
 
 def test_rollout_branches_stop_where_they_terminate():
-    """A branch's rows end with its termination, marked as such; the others go on to the end."""
+    """A branch's rows end with its termination, marked as such; the others go on to the end.
+
+    Model and condition get the states that the last step predicted.
+    """
     walk, expected = Walk([1, 3, 99, 2, 4]), []
     rows = walk.rollout(4)
-    for t in range(4):
+    for t, (call, asked) in enumerate(zip(walk.calls, walk.asked, strict=True)):
+        obs = torch.tensor([[branch, t] for branch in range(5)]).float()
+        action, after = torch.full((5, 3), (t + 1) / 10), obs + torch.tensor([0, 1])
+        assert_equal((call[0], *asked), (obs, obs, action, after))
         for branch, length in enumerate([1, 3, 99, 2, 4]):
             if t < length:
                 action, end = [(t + 1) / 10] * 3, float(t + 1 == length)
@@ -592,24 +539,11 @@ def test_rollout_branches_stop_where_they_terminate():
     torch.testing.assert_close(rows, torch.tensor(expected, dtype=torch.float32))
 
 
-def test_rollout_passes_on_what_the_model_made():
-    """Step and termination get the states the last step predicted, and termination the action."""
-    walk = Walk([99] * 3)
-    walk.rollout(3)
-    assert len(walk.calls) == len(walk.asked) == 3
-    for t, (call, asked) in enumerate(zip(walk.calls, walk.asked, strict=True)):
-        assert call[:2] == (walk.model, "actor")
-        for obs in (call[2], asked[0]):
-            assert obs.tolist() == [[branch, t] for branch in range(3)]
-        assert asked[1].tolist() == [[pytest.approx((t + 1) / 10)] * 3] * 3
-        assert asked[2].tolist() == [[branch, t + 1] for branch in range(3)]
-
-
 def test_every_branch_draws_an_elite_and_noise_at_every_step():
     """Elites are drawn evenly, anew for each branch and step; so is the noise."""
     walk = Walk([99] * 2000)
     walk.rollout(3)
-    choices = torch.stack([call[3] for call in walk.calls])
+    choices = torch.stack([choice for _, choice, _ in walk.calls])
     assert choices.shape == (3, 2000)
     for t in range(3):
         counts = choices[t].bincount(minlength=3)
@@ -617,9 +551,9 @@ def test_every_branch_draws_an_elite_and_noise_at_every_step():
         assert (counts - 2000 / 3).abs().max() < 110  # five standard deviations
         agree = (choices[t] == choices[t - 1]).float().mean()
         assert abs(agree - 1 / 3) < 0.053  # another draw than at the step before
-    for part, width in [(0, 3), (1, 3)]:  # the action's; the model's, of S + 1
-        noise = torch.stack([call[4][part] for call in walk.calls])
-        assert noise.shape == (3, 2000, width)
+    for part in (0, 1):  # the action's; the model's, of S + 1 = 3
+        noise = torch.stack([call[2][part] for call in walk.calls])
+        assert noise.shape == (3, 2000, 3)
         assert noise.unique().numel() > 0.99 * noise.numel()
         assert abs(noise.mean()) < 0.04
         assert abs(noise.std() - 1) < 0.03
@@ -648,9 +582,6 @@ def test_ensemble_learns_a_simple_task(cell):
     rows = mbpo.rollout(model, actor, starts, 2, step, never, seeded())
     made = mbpo.ReplayBuffer(1, S, A, CPU).unpack(rows)
     assert len(rows) == 400
-    assert made.action.abs().max() <= 1
-    assert made.action.std() > 0.1
     assert torch.equal(made.obs[:200], starts.obs)
     assert torch.equal(made.obs[200:], made.next_obs[:200])
     assert (made.next_obs - truth(made.obs, made.action)[0])[:200].square().mean() < 0.1
-    assert not made.terminated.any()

@@ -74,20 +74,15 @@ def compare(args, transitions, taken_for: str | None = None) -> tuple:
     return ended, count
 
 
-@pytest.mark.parametrize("env_id", TASKS)
-def test_conditions_are_those_of_the_environments(env_id):
-    """Over 500 random steps the model's condition says when the real task ends."""
-    ended, count = compare(mbpo.Args(env_id=env_id), random_steps(env_id, 500))
-    assert count == 500
-    assert 0 < ended < 475 if env_id in CAN_END else ended == 0
-
-
-@pytest.mark.parametrize("env_id", CAN_END)
-def test_conditions_hold_in_odd_poses_too(env_id):
-    """From 200 poses in and out of bounds, real and predicted terminations are the same."""
-    ended, count = compare(mbpo.Args(env_id=env_id), random_steps(env_id, 200, wild=True))
-    assert count == 200
-    assert 10 < ended < 190
+@pytest.mark.parametrize(
+    ("env_id", "wild"), [(each, False) for each in TASKS] + [(each, True) for each in CAN_END]
+)
+def test_conditions_are_those_of_the_environments(env_id, wild):
+    """Over 500 random steps, or from odd poses, the model's condition says when a task ends."""
+    n = 200 if wild else 500
+    ended, count = compare(mbpo.Args(env_id=env_id), random_steps(env_id, n, wild))
+    assert count == n
+    assert 0.05 * n * wild < ended < 0.95 * n if env_id in CAN_END else ended == 0
 
 
 @pytest.mark.parametrize(("task", "index", "inside", "outside"), BOUNDS)
@@ -96,7 +91,8 @@ def test_every_bound_is_where_the_task_has_it(task, index, inside, outside):
     terminates = mbpo.termination_function(mbpo.Args(env_id=f"{task}-v5"))
     states = torch.tensor([ALL_HEALTHY[task]] * 4)
     states[1:, index] = torch.tensor([inside, outside, torch.nan])
-    assert terminates(states, torch.zeros(4, 1), states).tolist() == [False, False, True, True]
+    ended = terminates(*[x.view(2, 2, -1) for x in (states, torch.zeros(4, 1), states)])
+    assert ended.tolist() == [[False, False], [True, True]]
 
 
 @pytest.mark.parametrize(
@@ -129,11 +125,8 @@ def test_check_of_a_termination_names_task_state_and_what_happened(terminated):
 @pytest.mark.parametrize(
     ("env_id", "named"),
     [
-        ("Pendulum-v1", "Pendulum"),
-        ("Ant-vel-v0", "Ant-vel"),
-        ("Half-velocity-v0", "Half-velocity"),
-        ("my.tasks:HopperX-v4", "HopperX"),
-        ("Ant-v5b", "Ant-v5b"),
+        *[("Pendulum-v1", "Pendulum"), ("Ant-vel-v0", "Ant-vel"), ("Ant-v5b", "Ant-v5b")],
+        *[("Half-velocity-v0", "Half-velocity"), ("my.tasks:HopperX-v4", "HopperX")],
     ],
 )
 def test_a_task_with_no_condition_is_refused_by_its_whole_name(env_id, named):
@@ -164,15 +157,3 @@ def test_module_and_version_do_not_change_the_condition(env_id):
     states[1, 0] = 0.6
     terminates = mbpo.termination_function(mbpo.Args(env_id=env_id))
     assert terminates(states, torch.zeros(2, 1), states).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("task", ALL_HEALTHY)
-def test_conditions_take_any_batch_shape(task):
-    """States [..., S] give terminations [...], each of its own state."""
-    terminates = mbpo.termination_function(mbpo.Args(env_id=f"{task}-v5"))
-    healthy = torch.tensor(ALL_HEALTHY[task])
-    states = healthy.expand(2, 3, -1).clone()
-    states[1, 2] = 50.0
-    ended = terminates(states, torch.zeros(2, 3, 1), states)
-    assert ended.tolist() == [[False] * 3, [False, False, True]]
-    assert bool(terminates(healthy, torch.zeros(1), healthy)) is False
