@@ -64,9 +64,7 @@ class Args:
     env_id: str = "dmc/walker-run"  # dmc/<domain>-<task>, a Gymnasium id, or <module>:<id>
     seed: int = 1  # seed of weights, noise and environments
     total_timesteps: int = 500_000  # environment steps (STFL)
-    learning_starts: int = (
-        10_000  # environment steps of uniform random actions, of the total (STFL)
-    )
+    learning_starts: int = 10_000  # steps of uniform random actions, a part of the total (STFL)
     updates_per_step: int = 20  # SAC updates per environment step (STFL; MBPO: by task)
     ensemble_size: int = 7  # networks in the ensemble (MBPO, STFL)
     num_elites: int = 5  # networks that rollouts draw from, of least holdout error (MBPO, STFL)
@@ -89,9 +87,7 @@ class Args:
     q_lr: float = 3e-4  # Adam step size of critics and temperature (SAC, table 1; MBPO, STFL)
     autotune: bool = True  # learn the temperature (SAC, section 5; MBPO, STFL)
     alpha: float = 1.0  # temperature to start from (MBPO, STFL), or to keep with --no-autotune
-    target_entropy: float | None = (
-        None  # nats; None: -(action dimensions) / 2 (STFL; SAC: twice it)
-    )
+    target_entropy: float | None = None  # nats; None: -(action dimensions) / 2 (STFL; SAC: twice)
     buffer_size: int = 1_000_000  # real transitions kept (SAC, table 1; MBPO, STFL)
     eval_frequency: int = 5_000  # environment steps between evaluations, 0 for none (STFL)
     eval_episodes: int = 10  # episodes by mean actions per evaluation (STFL); a fifth more: sampled
@@ -913,7 +909,7 @@ def read_run(args: Args) -> tuple[dict, dict | None]:
     run_dir, saved = run_folder(args), None
     settings = {"script": Path(__file__).name, "version": VERSION} | asdict(args)
     settings = json.loads(json.dumps(settings))  # tuples become lists, as args.json has them
-    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+    if not os.path.isdir(run_dir) or not any(run_dir.iterdir()):
         return settings, None
     if not args.resume:
         raise InputError(f"{run_dir} holds a run: give --resume, or choose another --exp-name")
@@ -1029,12 +1025,12 @@ def train(args: Args, interrupted: Event | None = None) -> dict:
     """
     args = check_args(args)
     run_dir = run_folder(args)
-    is_new = not run_dir.exists()
+    is_new = not os.path.exists(run_dir)
     progress = {"step": 0, "episode": 0, "seconds": 0.0, "evaluations": []}  # filled in by `learn`
     try:
         return learn(args, progress, interrupted or Event())
     except InputError as error:  # an environment may break its word after some steps
-        saved = (run_dir / "checkpoint.pt").exists()
+        saved = os.path.exists(run_dir / "checkpoint.pt")
         if is_new and not saved and len(progress["evaluations"]) < 2:  # nothing of worth is lost
             shutil.rmtree(run_dir, ignore_errors=True)
         where = f" (at step {progress['step']})" if progress["step"] else ""
