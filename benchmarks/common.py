@@ -34,14 +34,13 @@ def load_script(path: Path | str) -> ModuleType:
 
 
 def read_policy(run: Path) -> dict:
-    """Of what checkpoint.pt holds, or policy.pt of a recorded run: settings, step, the actor.
+    """Of what checkpoint.pt holds, what a recorded run keeps of it: settings, step, the actor.
 
     {"settings", "progress": {"step"}, "agent": {"actor": {"params": [(weight, bias)]}}}; InputError
-    if there is neither, or none that can be read.
+    if there is none, or none that can be read.
     """
-    file = next((run / x for x in ("checkpoint.pt", "policy.pt") if (run / x).exists()), None)
-    if not file:
-        raise InputError(f"{run} holds no checkpoint.pt or policy.pt: no run, or none saved yet")
+    if not (file := run / "checkpoint.pt").exists():
+        raise InputError(f"{run} holds no checkpoint.pt: no run, or none saved yet")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         params = [tuple(layer) for layer in saved["agent"]["actor"]["params"]]

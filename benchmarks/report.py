@@ -7,9 +7,9 @@
     python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
 
 A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv, scalars.csv (or
-TensorBoard events) and policy.pt, for watch.py. It bears its version if its script has another one
-today. Intervals: the middle 95 % of 10,000 bootstrap samples, which draw seeds with replacement
-(Agarwal et al. 2021, arXiv 2108.13264). One seed gives none: [-].
+TensorBoard events) and a checkpoint.pt of the actor alone. It bears its version if its script has
+another one today. Intervals: the middle 95 % of 10,000 bootstrap samples, which draw seeds with
+replacement (Agarwal et al. 2021, arXiv 2108.13264). One seed gives none: [-].
 """
 
 import json
@@ -125,7 +125,7 @@ def record(folders: tuple[Path, ...], results: Path) -> None:
         shutil.copyfile(folder / "eval.csv", target / "eval.csv")
         scalars.to_csv(target / "scalars.csv", index=False, float_format="%.6g")
         if policy:
-            torch.save(policy, target / "policy.pt")
+            torch.save(policy, target / "checkpoint.pt")
         print(f"recorded {target}")
 
 

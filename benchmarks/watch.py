@@ -3,10 +3,10 @@
     python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --episodes 1
     python benchmarks/watch.py RUN RUN RUN --gif film.gif
 
-A RUN holds checkpoint.pt, or is a recorded one with policy.pt. Without --seed its episodes are the
-first that training evaluates at the step that was saved; each is filmed as an .mp4 of its own, in
-the task's own time. With --gif the first is shown instead, of all runs at once from one seed, so
-that it begins alike, in one animated picture of at most 2 MB (.gif, .webp or .png).
+A RUN holds checkpoint.pt. Without --seed its episodes are the first that training evaluates at the
+step that was saved; each is filmed as an .mp4 of its own, in the task's own time. With --gif the
+first is shown instead, of all runs at once from one seed, so that it begins alike, in one animated
+picture of at most 2 MB (.gif, .webp or .png).
 """
 
 import io
@@ -58,18 +58,23 @@ class Run:
     def __init__(self, folder: Path):
         saved = read_policy(folder)
         self.folder, self.settings, self.step = folder, saved["settings"], saved["progress"]["step"]
-        name, self.params = Path(self.settings["script"]).name, saved["agent"]["actor"]["params"]
+        name = Path(self.settings["script"]).name
         files = [file for file in (ROOT / name, ROOT / "build" / name) if file.is_file()]
         if not files:
             raise InputError(f"{folder} was made by {name}, which is not in {ROOT} or its build/")
         self.script = load_script(files[0])
+        self.policy = self.script.load_policy(folder)
         self.env = self.script.make_env(self.settings["env_id"], render=True)
         self.dt = getattr(self.env.unwrapped, "dt", None) or 1 / 30
 
     def play(self, env: gym.Env, seed: int, episode: int) -> float:
         """The return of an episode, as training evaluates it, in its environment in wrappers."""
-        seed = self.script.derive_seed(seed, 1, self.step, episode)
-        return sum(self.script.play(env, self.params, seed, None)[0].reward.tolist())
+        obs, _ = env.reset(seed=self.script.derive_seed(seed, 1, self.step, episode))
+        total, over = 0.0, False
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(self.policy(obs))
+            total, over = total + reward, terminated or truncated
+        return total
 
 
 def film(run: Run, options: Options) -> None:

@@ -205,7 +205,7 @@ def test_record_copies_a_run(trained, tmp_path):
     for _ in range(2):  # the second time over the first
         code, out, _ = main("--record", *trained.parent.iterdir(), "--results", results)
         assert (code, out) == (0, f"recorded {target}\n")
-    files = "args.json", "eval.csv", "scalars.csv", "policy.pt"
+    files = "args.json", "eval.csv", "scalars.csv", "checkpoint.pt"
     assert {path.name for path in target.iterdir()} == {*files}
     for name in files[:2]:
         assert (target / name).read_bytes() == (trained / name).read_bytes()

@@ -81,14 +81,14 @@ def test_runs_side_by_side_in_one_picture(trained, tmp_path):
         assert np.abs(halves[0] - halves[1]).mean() < 5
         shown.append(halves[0])
     assert np.abs(shown[0] - shown[1]).mean() > 0.5
-    saved = torch.load(recorded / "policy.pt")
-    torch.save(saved | {"progress": {"step": 90}}, recorded / "policy.pt")
+    saved = torch.load(recorded / "checkpoint.pt")
+    torch.save(saved | {"progress": {"step": 90}}, recorded / "checkpoint.pt")
     child = run_watch(trained, recorded, "--gif", film)
     assert "are not of one task and step" in one_error(child.stderr)
 
 
 BAD = [  # what is made of the run's folder, flags, and what the line must say
-    (None, "", "holds no checkpoint.pt or policy.pt"),
+    (None, "", "holds no checkpoint.pt"),
     (b"no checkpoint", "", "checkpoint.pt is damaged"),
     ({"agent": {}}, "", "checkpoint.pt is damaged, or older"),
     ("other.py", "", "was made by other.py, which is not in"),
