@@ -4,12 +4,12 @@
     python benchmarks/report.py --write    renews the READMEs' generated parts and the figures
     python benchmarks/report.py --check    names READMEs out of date (exit code 1)
     python benchmarks/report.py --record runs/dmc-walker-run__mbpo__*
-    python benchmarks/report.py --results runs --write    writes runs/report.md and runs/figures/
+    python benchmarks/report.py --results runs --write    writes runs/report.md and runs/curves.png
 
 A recorded run is a folder <env id>__<experiment>__<seed>/ with args.json, eval.csv, scalars.csv (or
-TensorBoard events) and a checkpoint.pt of the actor alone. It bears its version if its script has
-another one today. Intervals: the middle 95 % of 10,000 bootstrap samples, which draw seeds with
-replacement (Agarwal et al. 2021, arXiv 2108.13264). One seed gives none: [-].
+TensorBoard events) and a checkpoint.pt of the actor alone. A run that goes on is recorded as far as
+it has got. It bears its version if its script has another one today. In tables and figures stand
+the mean over seeds and [the least, the largest].
 """
 
 import json
@@ -24,7 +24,6 @@ from pathlib import Path
 
 import diffs
 import matplotlib
-import numpy as np
 import pandas as pd
 import torch
 from common import RESULTS, ROOT, InputError, markdown, read_policy, run_tool
@@ -33,18 +32,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 matplotlib.use("Agg")  # figures without a display
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was resumed
-FIRST = {"dmc/walker-run": 30_000, "dmc/quadruped-walk": 30_000}  # on the README's first screen
-SUMMARY = {  # columns of the README's table, and the experiments that may stand there
-    "SAC": ("sac_utd10", "sac_utd20"),
+KINDS = {  # columns of the README's table and lines of its figure: the experiments they show
+    "SAC": ("sac_utd10", "sac_utd20", "sac"),
     "MBPO": ("mbpo",),
     "FTFL": ("mbpo_ftfl",),
     "ablation": ("mbpo_residual_ablation",),
+    "FTFL, ridge": ("mbpo_ftfl_ridge", "mbpo_ftfl_ridge_beta"),
+    "raw s'": ("raw_direct",),
 }
-TRAINING = {  # tags in the figure of training: what they show, and the scale of the axis
-    "eval/critic_bias": ("critic bias", "symlog"),
-    "model/new_reward_error": ("error of new rewards / variance", "log"),
-    "model/new_change_error": ("error of new s' / variance of s' - s", "log"),
-}
+COLORS = dict(zip(KINDS, plt.cm.tab10.colors, strict=False))
+COLUMNS = [*KINDS][:4]  # of the README's table
+CELLS = {"MBPO": "raw s' - s", "FTFL": "unit s'", "ablation": "unit s' - s", "FTFL, ridge": "ridge"}
+UNITS_TASK, UNIT = "dmc/cartpole-swingup", "_unit0.001"  # where the reward has other units
 
 
 @dataclass
@@ -55,6 +54,7 @@ class Options:
     results: Path = RESULTS  # folder of runs
 
 
+# --- Runs -----------------------------------------------------------------------------------------
 def read_events(folder: Path) -> pd.DataFrame:
     """The scalars among a run's TensorBoard events: columns step, tag, value."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -89,7 +89,7 @@ def version_of(name: str) -> int | None:
 
 
 def load(results: Path) -> pd.DataFrame:
-    """Every run under a folder, long: task, run (its title), length, seed, step, tag, value."""
+    """Every run under a folder: task, run (its title), exp_name, length, seed, step, tag, value."""
     frames = []
     for file in sorted(results.glob("*__*__*/eval.csv")):
         args, evaluations, scalars = read_run(file.parent)
@@ -97,8 +97,8 @@ def load(results: Path) -> pd.DataFrame:
         updates, version = args["updates_per_step"], args["version"]
         title = f"{args['exp_name']}, {updates} update{'s' * (updates > 1)} per step"
         title += f" (version {version})" * (version != version_of(args["script"]))
-        names = {"task": args["env_id"], "run": title, "seed": args["seed"]}
-        names["length"] = evaluations.step.max()
+        names = {"task": args["env_id"], "run": title, "exp_name": args["exp_name"]}
+        names |= {"seed": args["seed"], "length": evaluations.step.max()}
         frames.append(pd.concat([returns, scalars]).assign(**names))
     if not frames:
         raise InputError(f"{results} holds no runs, <env id>__<experiment>__<seed>/eval.csv")
@@ -108,7 +108,7 @@ def load(results: Path) -> pd.DataFrame:
 def record(folders: tuple[Path, ...], results: Path) -> None:
     """Copies runs into a folder of results; all are read before any is written."""
     runs = {}
-    for folder in (x for x in folders if x.name != "figures" and not x.is_file()):  # logs, reports
+    for folder in (x for x in folders if not x.is_file()):  # logs, reports
         args, *_ = read_run(folder)
         if (scalars := read_events(folder)).empty:
             raise InputError(f"{folder} holds no TensorBoard events: name a run's own folder")
@@ -129,12 +129,6 @@ def record(folders: tuple[Path, ...], results: Path) -> None:
         print(f"recorded {target}")
 
 
-def curves_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By run, the values of one tag on one task: a row per step, a column per seed, or NaN."""
-    shape = {"index": "step", "columns": "seed", "values": "value", "aggfunc": "last"}
-    return {title: run.pivot_table(**shape) for title, run in rows.groupby("run")}
-
-
 def published(task: str, end: float = math.inf) -> pd.core.groupby.DataFrameGroupBy:
     """What others report of a task until step `end`; Gymnasium's is quoted without version."""
     figures = pd.read_csv(ROOT / "benchmarks" / "published.csv", dtype={"seeds": "Int64"})
@@ -143,137 +137,167 @@ def published(task: str, end: float = math.inf) -> pd.core.groupby.DataFrameGrou
     return figures.groupby(["algorithm", "source", "seeds"], sort=False, dropna=False)
 
 
-def interval(scores: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over seeds; NaN for one seed."""
-    means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(1)
-    return tuple(np.percentile(means, [2.5, 97.5])) if len(scores) > 1 else (math.nan, math.nan)
-
-
+# --- Tables ---------------------------------------------------------------------------------------
 def show(x: float) -> str:
     """A number in a table or a sentence."""
     return f"{x:.0e}" if abs(x) >= 1e5 else f"{x:,.0f}" if abs(x) >= 10 else f"{x:.2g}"
 
 
-def cell(curves: pd.DataFrame, step: int) -> str:
-    """The mean at a step, its interval, and of how many seeds if not all are there yet."""
-    scores = curves.reindex([step]).loc[step].dropna()
-    if scores.empty:
-        return ""
-    mean, low, high = map(show, (scores.mean(), *interval(scores.to_numpy())))
-    some = f" ({len(scores)} of {curves.shape[1]} seeds)" if len(scores) < curves.shape[1] else ""
-    return f"{mean} [{'-' if low == 'nan' else f'{low}, {high}'}]{some}"
+def cell(values: pd.Series) -> str:
+    """The mean over seeds and [the least, the largest], if there are several."""
+    ends = f" [{show(values.min())}, {show(values.max())}]" * (len(values) > 1)
+    return show(values.mean()) + ends if len(values) else ""
 
 
-def table(task: str, rows: pd.DataFrame, steps: list[int]) -> str:
-    """A Markdown table of a task: returns at these steps, also published ones."""
-    lines, tags = [], ("return", "model/updates")
-    returns, updates = (curves_of(rows[rows.tag == tag]) for tag in tags)
-    for title, curves in returns.items():
-        line = {"run": title, "seeds": curves.shape[1]}
-        line |= {f"return at {step:,}": cell(curves, step) for step in steps}
-        last = max([step for step in steps if step <= curves.index.max()], default=0)
-        if fits := updates.get(title, curves[:0]).loc[:last].sum().mean():
-            line["model's gradient steps"] = f"{fits:,.0f}"
-        lines.append(line)
+def table(task: str, rows: pd.DataFrame) -> str:
+    """A Markdown table of a task: returns where runs end and halfway there, also published ones."""
+    returns, lines = rows[rows.tag == "return"], []
+    marks = [rows.length.max() / 2, *rows.length.unique()]
+    steps = sorted({min(returns.step, key=lambda step: abs(step - mark)) for mark in marks})
+    for title, run in returns.groupby("run"):
+        line = {task: title, "seeds": run.seed.nunique()}
+        lines.append(line | {f"at {step:,}": cell(run.value[run.step == step]) for step in steps})
     for (algorithm, source, seeds), points in published(task):
-        at = {f"return at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
+        at = {f"at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
         if known := {name: x.removesuffix(" ± nan") for name, x in at.items() if name in lines[0]}:
-            lines.append({"run": f"{algorithm} ({source})", "seeds": seeds} | known)
-    return markdown(pd.DataFrame(lines).fillna("").rename(columns={"run": task}))
+            lines.append({task: f"{algorithm} ({source})", "seeds": seeds} | known)
+    return markdown(pd.DataFrame(lines).fillna(""))
 
 
 def tables(data: pd.DataFrame) -> str:
-    """A table for every task, at the steps where runs end and half of the last."""
-    made = []
-    for task, rows in data.groupby("task", sort=False):
-        marks = [rows.length.max() / 2, *rows.length.unique()]
-        known = rows.step[rows.tag == "return"]
-        steps = {min(known, key=lambda step: abs(step - mark)) for mark in marks}
-        made.append(table(task, rows, sorted(steps)))
-    return "\n\n".join(made)
+    """A table for every task."""
+    return "\n\n".join(table(task, rows) for task, rows in data.groupby("task", sort=False))
 
 
-def first_screen(data: pd.DataFrame) -> pd.DataFrame:
-    """What the README begins with: runs of FIRST that have several seeds at its step."""
-    there = data.seed.where((data.tag == "return") & (data.step == data.task.map(FIRST)))
-    return data[there.groupby([data.task, data.run]).transform("nunique") > 1]
+def kinds_of(rows: pd.DataFrame, suffix: str = "") -> dict[str, pd.DataFrame]:
+    """By kind, the rows of the experiments of that kind; with a suffix but for SAC."""
+    names = {kind: [x + suffix * (kind != "SAC") for x in KINDS[kind]] for kind in KINDS}
+    found = {kind: rows[rows.exp_name.isin(some)] for kind, some in names.items()}
+    return {kind: part for kind, part in found.items() if len(part)}
 
 
 def summary(data: pd.DataFrame) -> str:
     """A row per task with both MBPO and FTFL: returns where the shortest of these runs end."""
     lines, returns = [], data[data.tag == "return"]
-    for task, rows in returns.groupby("task", sort=False):
-        rows = rows.assign(name=rows.run.str.split(",").str[0])
-        rows = rows[rows.name.isin(sum(SUMMARY.values(), ()))]
-        if not {"mbpo", "mbpo_ftfl"} <= {*rows.name}:
+    for task, suffix in [*((task, "") for task in returns.task.unique()), (UNITS_TASK, UNIT)]:
+        found = kinds_of(returns[returns.task == task], suffix)
+        if not {"MBPO", "FTFL"} <= {*found}:
             continue
-        step = rows.groupby("run").length.max().min()
-        found = {run.split(",")[0]: curves for run, curves in curves_of(rows).items()}
-        seeds = max(curves.shape[1] for curves in found.values())
-        line = {"task": task, "steps": f"{step:,}", "seeds": seeds}
-        for column, names in SUMMARY.items():
-            known = [found[name] for name in names if name in found]
-            line[column] = cell(known[0], step) if known else ""
-        lines.append(line)
-    return markdown(pd.DataFrame(lines))
+        found = {column: found[column] for column in COLUMNS if column in found}
+        step = min(rows.length.min() for rows in found.values())
+        seeds = max(rows.seed.nunique() for rows in found.values())
+        name = task + suffix.replace("_unit", ", the model's reward times ")
+        at = {column: cell(rows.value[rows.step == step]) for column, rows in found.items()}
+        lines.append({"task": name, "steps": f"{step:,}", "seeds": seeds} | at)
+    return markdown(pd.DataFrame(lines, columns=["task", "steps", "seeds", *COLUMNS]).fillna(""))
 
 
-def scores(data: pd.DataFrame, task: str, experiment: str, step: str, tag: str = "return"):
+def scores(data: pd.DataFrame, task: str, name: str, step: str, tag: str = "return") -> pd.Series:
     """The values of a tag at a step, by seed; InputError if there are none."""
-    rows = data[(data.task == task) & data.run.str.startswith(f"{experiment},") & (data.tag == tag)]
-    values = curves_of(rows[rows.step == int(step)])
-    if not values:
-        raise InputError(f"no recorded run of {experiment} on {task} has {tag} at step {step}")
-    return values[min(values)].loc[int(step)]  # of today's version, if there is one
+    rows = data[(data.task == task) & (data.exp_name == name) & (data.tag == tag)]
+    values = rows[rows.step == int(step)].sort_values("seed").value
+    if values.empty:
+        raise InputError(f"no recorded run of {name} on {task} has {tag} at step {step}")
+    return values
 
 
-def course(data: pd.DataFrame, task: str, experiment: str) -> str:
+def course(data: pd.DataFrame, task: str, name: str) -> str:
     """The mean returns of a run's evaluations, one after the other."""
-    rows = data[(data.task == task) & data.run.str.startswith(f"{experiment},")]
-    returns = rows[rows.tag == "return"].groupby("step").value.mean()
-    return ", ".join(map(show, returns)) or "not recorded yet"
+    rows = data[(data.task == task) & (data.exp_name == name) & (data.tag == "return")]
+    return ", ".join(map(show, rows.groupby("step").value.mean())) or "not recorded yet"
 
 
-def draw(data: pd.DataFrame, tags: dict[str, tuple], wide: int) -> plt.Figure:
-    """A panel per task and tag: per run the mean of its seeds and its interval; published means."""
-    panels = [*data[data.tag.isin(tags)].groupby(["task", "tag"], sort=False)]
-    wide = min(wide, len(panels))
-    high = math.ceil(len(panels) / wide)
-    how = {"figsize": (4.5 * wide + 4, 3.8 * high), "layout": "constrained"}
-    figure, axes = plt.subplots(high, wide, squeeze=False, **how)
-    looks, shown = {run: plt.cm.tab20(i % 20) for i, run in enumerate(sorted({*data.run}))}, {}
-    for axis, ((task, tag), rows) in zip(axes.flat, panels, strict=False):
-        for run, curves in curves_of(rows).items():
-            band = [interval(values[~np.isnan(values)]) for values in curves.to_numpy()]
-            (shown[run],) = axis.plot(curves.index, curves.mean(axis=1), color=looks[run])
-            axis.fill_between(curves.index, *np.transpose(band), alpha=0.15, color=looks[run])
-        end = 1.04 * rows.step.max()
-        for (algorithm, source, seeds), points in published(task, end if tag == "return" else -1):
-            curve, name = (points.step, points["mean"], points["std"]), f"{algorithm}\n({source})"
-            style = {"fmt": "osD^v"[points.place.iloc[0] % 5], "markersize": 4, "capsize": 3}
-            if pd.isna(seeds):  # a level, of no runs
-                shown[name] = axis.axhline(points["mean"].iloc[0], color="0.3", linestyle=":")
-            else:
-                shown[name] = axis.errorbar(*curve, color="0.3", **style)
-        axis.set(title=f"{task}\n{tags[tag][0]}", yscale=tags[tag][1], xlim=(None, end))
-        axis.set(xlabel="environment step")
-        axis.locator_params(axis="x", nbins=5)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
+# --- Figures --------------------------------------------------------------------------------------
+def draw_returns(axis: plt.Axes, task: str, runs: dict[str, pd.DataFrame], colors: dict) -> None:
+    """The mean of each run's seeds and their range, by step; and what others have published."""
+    end = 0
+    for name, rows in runs.items():
+        curve = rows[rows.tag == "return"].groupby("step").value.agg(["mean", "min", "max"])
+        axis.plot(curve.index, curve["mean"], color=colors[name], label=name)
+        axis.fill_between(curve.index, curve["min"], curve["max"], alpha=0.15, color=colors[name])
+        end = max(end, 1.04 * curve.index.max())
+    for (algorithm, source, seeds), points in published(task, end):
+        name, marker = f"{algorithm}\n({source})", "osD^v"[points.place.iloc[0] % 5]
+        if pd.isna(seeds):  # a level, of no runs
+            axis.axhline(points["mean"].iloc[0], color="0.3", linestyle=":", label=name)
+        else:
+            how = {"color": "0.3", "markersize": 4, "capsize": 3, "label": name}
+            axis.errorbar(points.step, points["mean"], points["std"], fmt=marker, **how)
+    axis.set(title=f"{task}: mean return", xlabel="environment step", xlim=(None, end))
+    axis.locator_params(axis="x", nbins=5)
+
+
+def draw_lines(axis: plt.Axes, points: pd.DataFrame) -> None:
+    """A line per kind through the means of its points (kind, x, value), and their ranges."""
+    for kind in (kind for kind in KINDS if kind in {*points.kind}):
+        line = points[points.kind == kind].groupby("x").value.agg(["mean", "min", "max"])
+        spread = abs(line[["min", "max"]].T - line["mean"])
+        how = {"color": COLORS[kind], "label": kind, "marker": "o", "capsize": 3}
+        axis.errorbar(line.index, line["mean"], spread, **how)
+
+
+def draw_units(axis: plt.Axes, data: pd.DataFrame) -> None:
+    """Returns by Var[s' - s] / Var[c r], where the model learns c r; and where tasks stand."""
+    scales = pd.read_csv(RESULTS / "mechanism/scales.csv", index_col="task").residual_over_reward
+    rows = data[(data.task == UNITS_TASK) & (data.tag == "return") & (data.step == 15_000)]
+    parts = []
+    for c in {"1", *rows.exp_name.str.extract(r"_unit(.+)")[0].dropna()}:
+        for kind, part in kinds_of(rows, f"_unit{c}" if c != "1" else "").items():
+            parts.append(part.assign(kind=kind, x=scales[UNITS_TASK] / float(c) ** 2))
+    points = pd.concat(parts)
+    draw_lines(axis, points[points.kind != "SAC"])
+    axis.set(title=f"{UNITS_TASK}: return at 15,000 steps", xscale="log")
+    axis.set(xlabel="variance of s' - s / variance of the model's reward")
+    top = axis.secondary_xaxis("top")
+    top.set_xticks(scales, scales.index.str.removeprefix("dmc/"), rotation=90, fontsize="x-small")
+    top.tick_params(which="minor", top=False)
+
+
+def draw_errors(axis: plt.Axes, task: str) -> None:
+    """The reward's error at new actions by gradient steps of a fit, for each kind of target."""
+    rows = pd.read_csv(RESULTS / "mechanism/errors.csv")
+    rows = rows[(rows.task == task) & (rows.set == "actions") & (rows.beta == 0)]
+    rows = rows[(rows.schedule == "one fit") & (rows.data == "random") & (rows.transitions == 5000)]
+    kinds = {cell: kind for kind, cell in CELLS.items()}
+    draw_lines(axis, rows.assign(kind=rows.cell.map(kinds), x=rows.updates, value=rows.reward))
+    axis.axhline(1, color="0.3", linestyle=":")
+    axis.set(title=f"{task}: squared error of r / variance", xlabel="gradient steps of a fit")
+    axis.set(xscale="log", yscale="log")
+
+
+def with_legend(figure: plt.Figure) -> plt.Figure:
+    """A figure with one legend, of all its panels."""
+    parts = [axis.get_legend_handles_labels() for axis in figure.axes]
+    shown = {name: x for xs, names in parts for x, name in zip(xs, names, strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside right", fontsize="small")
     return figure
 
 
-def figures_of(data: pd.DataFrame) -> dict:
-    """What is drawn, {name: what draw is given}; of a task, runs of several seeds if any are so."""
-    seeds = data.groupby(["task", "run"]).seed.transform("nunique")
-    several = data[seeds >= seeds.groupby(data.task).transform("max").clip(upper=2)]
-    returns = {"return": ("mean return", "linear")}
-    figures = {"curves": (several, returns, 3), "first": (first_screen(data), returns, 3)}
-    figures |= {"training": (several, TRAINING, 3)}
-    return {name: x for name, x in figures.items() if x[0].tag.isin(x[1]).any()}
+def evidence(data: pd.DataFrame) -> plt.Figure:
+    """The README's figure."""
+    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
+    draw_units(axes[0], data)
+    draw_errors(axes[1], "dmc/humanoid-stand")
+    for axis, task in zip(axes[2:], ("dmc/humanoid-stand", "dmc/walker-run"), strict=True):
+        draw_returns(axis, task, kinds_of(data[data.task == task]), COLORS)
+    return with_legend(figure)
 
 
+def curves(data: pd.DataFrame) -> plt.Figure:
+    """A panel per task, with all its runs."""
+    high = math.ceil(data.task.nunique() / 3)
+    how = {"figsize": (18, 3.8 * high), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(high, 3, **how)
+    colors = {run: plt.cm.tab20(i % 20) for i, run in enumerate(sorted({*data.run}))}
+    panels = data.groupby("task", sort=False)
+    for axis, (task, rows) in zip(axes.flat, panels, strict=False):
+        draw_returns(axis, task, dict([*rows.groupby("run")]), colors)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    return with_legend(figure)
+
+
+# --- Documents ------------------------------------------------------------------------------------
 def diff_text(_) -> str:
     """`diff mbpo.py mbpo_ftfl.py` without the hunks of the docstrings at the top."""
     command = ["diff", "mbpo.py", "mbpo_ftfl.py"]
@@ -286,12 +310,10 @@ def diff_text(_) -> str:
 
 PARTS = {  # what may stand between markers: functions of the data, and of the marker's other words
     "summary": summary,
-    "results": tables,
     "diff": diff_text,
     "diffs": lambda _: diffs.table(),
     # in sentences, <!-- mean TASK EXPERIMENT STEP -->, with a tag of scalars.csv if not of returns:
-    "mean": lambda *words: show(scores(*words).mean()),
-    "cell": lambda *words: cell(scores(*words).to_frame(0).T, 0),
+    "mean": lambda *words: cell(scores(*words)),
     "seeds": lambda *words: ", ".join(map(show, scores(*words))),
     "course": course,
 }
@@ -316,24 +338,10 @@ def filled(text: str, data: pd.DataFrame) -> str:
 
 def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     """The two READMEs, or report.md beside runs that are not our own, and what they should say."""
-    if results.resolve() != ROOT / "benchmarks" / "results":
-        figures = "\n".join(f"![{name}](figures/{name}.png)" for name in figures_of(data))
-        return {results / "report.md": f"{figures}\n\n{tables(data)}\n"}
+    if results.resolve() != RESULTS:
+        return {results / "report.md": f"![Mean returns](curves.png)\n\n{tables(data)}\n"}
     readmes = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
     return {path: filled(path.read_text(), data) for path in readmes}
-
-
-def write(results: Path, data: pd.DataFrame) -> None:
-    """Writes the documents and the figures of a folder anew."""
-    for path, text in documents_of(results, data).items():
-        path.write_text(text)
-    (results / "figures").mkdir(exist_ok=True)
-    drawn = figures_of(data)
-    for name in ("curves", "first", "training"):
-        file = results / "figures" / f"{name}.png"
-        file.unlink(missing_ok=True)
-        if name in drawn:
-            draw(*drawn[name]).savefig(file, metadata={"Software": None})
 
 
 def report(options: Options) -> None:
@@ -343,14 +351,17 @@ def report(options: Options) -> None:
     if options.record:
         return record(options.record, options.results)
     data = load(options.results)
-    if options.write:
-        return write(options.results, data)
-    if not options.check:
+    if not options.write and not options.check:
         return print(tables(data))
     texts = documents_of(options.results, data).items()
-    found = [path for path, text in texts if not path.exists() or path.read_text() != text]
-    print(*(f"{path} is out of date: give --write\n" for path in found), sep="", end="")
-    sys.exit(1 if found else 0)
+    if options.check:
+        found = [path for path, text in texts if not path.exists() or path.read_text() != text]
+        print(*(f"{path} is out of date: give --write\n" for path in found), sep="", end="")
+        sys.exit(1 if found else 0)
+    for path, text in texts:
+        path.write_text(text)
+    for draw in [curves] + [evidence] * (options.results.resolve() == RESULTS):
+        draw(data).savefig(options.results / f"{draw.__name__}.png", metadata={"Software": None})
 
 
 if __name__ == "__main__":
