@@ -78,6 +78,7 @@ class Options:
     fresh: bool = False  # with --later: a new ensemble, and --first, whenever the data have doubled
     dimensions: bool = False  # write each dimension's share, too: OUT/dimensions.csv
     sets: tuple[str, ...] = ("actions",)  # sets to show in the table
+    shown: tuple[int, ...] = (1000, 4000, 10_000)  # gradient steps of one fit to show there
     jobs: int = 2  # fits at a time, one process with one thread each
     compile: bool = True  # compile the update with torch.compile
     out: Path = RESULTS / "mechanism"  # folder of the results
@@ -221,14 +222,23 @@ def read(file: Path) -> pd.DataFrame:
 
 
 def present(errors: pd.DataFrame, options: Options) -> None:
-    """A table of reward / change, and curves on `actions`: means over seeds."""
+    """Tables of reward / change, of tasks that a budget serves, and curves; means over seeds."""
     shown = errors[errors.set.isin(options.sets)]
     rows = [name for name in [*FIT[:4], *PLACE] if name == "task" or shown[name].nunique() > 1]
     cell = shown.cell + np.where(shown.beta > 0, ", beta " + shown.beta.astype(str), "")
-    mean = shown.groupby([*rows, cell])[["reward", "change"]].mean().map("{:.3g}".format)
-    table = markdown((mean.reward + " / " + mean.change).unstack().fillna("").reset_index())
-    (options.out / "table.md").write_text(f"{table}\n")
-    print(table)
+    mean = shown.groupby([*rows, cell])[["reward", "change"]].mean()
+    words = mean.map("{:.3g}".format)
+    words = words[words.index.isin(options.shown, "updates")] if options.later is None else words
+    table = (words.reward + " / " + words.change).unstack().fillna("")
+    order = sorted(table, key=lambda name: [*CELLS, name].index(name.partition(", beta")[0]))
+    table = markdown(table[order].reset_index())
+    best = mean.groupby([name for name in mean.index.names if name != "updates"]).transform("min")
+    good = ((mean <= 1.25 * best) | best.isna()).all(axis=1).groupby(["cell", "updates"])
+    rule = (good.sum().astype(str) + " of " + good.count().astype(str)).unstack().fillna("")
+    rule = markdown(rule.loc[order].reset_index())
+    for name, text in {"table": table, "rule": rule}.items():
+        (options.out / f"{name}.md").write_text(f"{text}\n")
+        print(f"{text}\n")
     single = {"set": "actions", "schedule": "one fit", "data": "random"}
     single |= {"members": options.members, "transitions": options.transitions}
     if len(lines := errors[(errors[[*single]] == [*single.values()]).all(axis=1)]):

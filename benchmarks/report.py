@@ -25,6 +25,7 @@ from pathlib import Path
 import diffs
 import matplotlib
 import pandas as pd
+import seaborn as sns
 import torch
 from common import RESULTS, ROOT, InputError, markdown, read_policy, run_tool
 from matplotlib import pyplot as plt
@@ -32,18 +33,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 matplotlib.use("Agg")  # figures without a display
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was resumed
-KINDS = {  # columns of the README's table and lines of its figure: the experiments they show
+KINDS = {  # columns of the README's table, lines of its figure: experiments, and targets of a fit
     "SAC": ("sac_utd10", "sac_utd20", "sac"),
-    "MBPO": ("mbpo",),
-    "FTFL": ("mbpo_ftfl",),
-    "ablation": ("mbpo_residual_ablation",),
-    "FTFL, ridge": ("mbpo_ftfl_ridge", "mbpo_ftfl_ridge_beta"),
+    "MBPO": ("mbpo", "raw s' - s"),
+    "FTFL": ("mbpo_ftfl", "unit s'"),
+    "ablation": ("mbpo_residual_ablation", "unit s' - s"),
+    "FTFL, ridge": ("mbpo_ftfl_ridge", "mbpo_ftfl_ridge_beta", "ridge"),
     "raw s'": ("raw_direct",),
 }
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 COLORS = dict(zip(KINDS, plt.cm.tab10.colors, strict=False))
 COLUMNS = [*KINDS][:4]  # of the README's table
-CELLS = {"MBPO": "raw s' - s", "FTFL": "unit s'", "ablation": "unit s' - s", "FTFL, ridge": "ridge"}
-UNITS_TASK, UNIT = "dmc/cartpole-swingup", "_unit0.001"  # where the reward has other units
+LENGTH = "dmc/humanoid-stand", "dmc/walker-run"  # tasks in the README's figure
+UNITS_TASK, UNIT = "dmc/cartpole-swingup", "_unit0.001"  # where the model's reward has other units
 
 
 @dataclass
@@ -149,56 +151,38 @@ def cell(values: pd.Series) -> str:
     return show(values.mean()) + ends if len(values) else ""
 
 
-def table(task: str, rows: pd.DataFrame) -> str:
-    """A Markdown table of a task: returns where runs end and halfway there, also published ones."""
-    returns, lines = rows[rows.tag == "return"], []
-    marks = [rows.length.max() / 2, *rows.length.unique()]
-    steps = sorted({min(returns.step, key=lambda step: abs(step - mark)) for mark in marks})
-    for title, run in returns.groupby("run"):
-        line = {task: title, "seeds": run.seed.nunique()}
-        lines.append(line | {f"at {step:,}": cell(run.value[run.step == step]) for step in steps})
-    for (algorithm, source, seeds), points in published(task):
-        at = {f"at {x.step:,}": f"{x.mean} ± {x.std}" for x in points.itertuples()}
-        if known := {name: x.removesuffix(" ± nan") for name, x in at.items() if name in lines[0]}:
-            lines.append({task: f"{algorithm} ({source})", "seeds": seeds} | known)
-    return markdown(pd.DataFrame(lines).fillna(""))
-
-
-def tables(data: pd.DataFrame) -> str:
-    """A table for every task."""
-    return "\n\n".join(table(task, rows) for task, rows in data.groupby("task", sort=False))
-
-
-def kinds_of(rows: pd.DataFrame, suffix: str = "") -> dict[str, pd.DataFrame]:
-    """By kind, the rows of the experiments of that kind; with a suffix but for SAC."""
-    names = {kind: [x + suffix * (kind != "SAC") for x in KINDS[kind]] for kind in KINDS}
-    found = {kind: rows[rows.exp_name.isin(some)] for kind, some in names.items()}
-    return {kind: part for kind, part in found.items() if len(part)}
+def table(data: pd.DataFrame) -> str:
+    """A Markdown table of all runs: returns where they end."""
+    lines = []
+    for (task, run), rows in data[data.tag == "return"].groupby(["task", "run"], sort=False):
+        line = {"task": task, "run": run, "seeds": rows.seed.nunique(), "steps": rows.length.min()}
+        lines.append(line | {"return": cell(rows.value[rows.step == line["steps"]])})
+    return markdown(pd.DataFrame(lines))
 
 
 def summary(data: pd.DataFrame) -> str:
     """A row per task with both MBPO and FTFL: returns where the shortest of these runs end."""
     lines, returns = [], data[data.tag == "return"]
     for task, suffix in [*((task, "") for task in returns.task.unique()), (UNITS_TASK, UNIT)]:
-        found = kinds_of(returns[returns.task == task], suffix)
-        if not {"MBPO", "FTFL"} <= {*found}:
+        names = {name + suffix * (kind != "SAC"): kind for name, kind in KIND_OF.items()}
+        rows = returns[returns.task == task].assign(kind=returns.exp_name.map(names))
+        rows = rows[rows.kind.isin(COLUMNS)]
+        if not {"MBPO", "FTFL"} <= {*rows.kind}:
             continue
-        found = {column: found[column] for column in COLUMNS if column in found}
-        step = min(rows.length.min() for rows in found.values())
-        seeds = max(rows.seed.nunique() for rows in found.values())
-        name = task + suffix.replace("_unit", ", the model's reward times ")
-        at = {column: cell(rows.value[rows.step == step]) for column, rows in found.items()}
-        lines.append({"task": name, "steps": f"{step:,}", "seeds": seeds} | at)
-    return markdown(pd.DataFrame(lines, columns=["task", "steps", "seeds", *COLUMNS]).fillna(""))
+        step = rows.groupby("kind").length.max().min()
+        line = {"task": task + suffix.replace("_unit", ", the model's reward times ")}
+        line |= {"steps": f"{step:,}", "seeds": rows.groupby("kind").seed.nunique().max()}
+        rows = rows[rows.step == step]
+        lines.append(line | {kind: cell(rows.value[rows.kind == kind]) for kind in COLUMNS})
+    return markdown(pd.DataFrame(lines))
 
 
-def scores(data: pd.DataFrame, task: str, name: str, step: str, tag: str = "return") -> pd.Series:
-    """The values of a tag at a step, by seed; InputError if there are none."""
+def mean(data: pd.DataFrame, task: str, name: str, step: str, tag: str = "return") -> str:
+    """A tag at a step of an experiment's runs, in a sentence; InputError if there is none."""
     rows = data[(data.task == task) & (data.exp_name == name) & (data.tag == tag)]
-    values = rows[rows.step == int(step)].sort_values("seed").value
-    if values.empty:
+    if (rows := rows[rows.step == int(step)]).empty:
         raise InputError(f"no recorded run of {name} on {task} has {tag} at step {step}")
-    return values
+    return cell(rows.value)
 
 
 def course(data: pd.DataFrame, task: str, name: str) -> str:
@@ -208,90 +192,97 @@ def course(data: pd.DataFrame, task: str, name: str) -> str:
 
 
 # --- Figures --------------------------------------------------------------------------------------
-def draw_returns(axis: plt.Axes, task: str, runs: dict[str, pd.DataFrame], colors: dict) -> None:
-    """The mean of each run's seeds and their range, by step; and what others have published."""
-    end = 0
-    for name, rows in runs.items():
-        curve = rows[rows.tag == "return"].groupby("step").value.agg(["mean", "min", "max"])
-        axis.plot(curve.index, curve["mean"], color=colors[name], label=name)
-        axis.fill_between(curve.index, curve["min"], curve["max"], alpha=0.15, color=colors[name])
-        end = max(end, 1.04 * curve.index.max())
-    for (algorithm, source, seeds), points in published(task, end):
-        name, marker = f"{algorithm}\n({source})", "osD^v"[points.place.iloc[0] % 5]
+def draw(axis: plt.Axes, points: pd.DataFrame, x: str, title: str, palette: dict) -> None:
+    """A line per run or kind (column name), through means over seeds, in their range."""
+    how = {"errorbar": ("pi", 100), "palette": palette, "marker": "o", "markersize": 4}
+    sns.lineplot(points, x=x, y="value", hue="name", ax=axis, **how)
+    axis.set(title=title, ylabel=None)
+
+
+def draw_returns(axis: plt.Axes, rows: pd.DataFrame, palette: dict) -> None:
+    """The returns of one task by step, and what others have published."""
+    task, rows = rows.task.iloc[0], rows[rows.tag == "return"]
+    draw(axis, rows, "step", f"{task}\nmean return", palette)
+    for (algorithm, source, seeds), points in published(task, rows.step.max()):
+        name, marker = f"{algorithm}\n({source})", "osD^vPX"[points.place.iloc[0] % 7]
         if pd.isna(seeds):  # a level, of no runs
             axis.axhline(points["mean"].iloc[0], color="0.3", linestyle=":", label=name)
         else:
             how = {"color": "0.3", "markersize": 4, "capsize": 3, "label": name}
             axis.errorbar(points.step, points["mean"], points["std"], fmt=marker, **how)
-    axis.set(title=f"{task}: mean return", xlabel="environment step", xlim=(None, end))
-    axis.locator_params(axis="x", nbins=5)
 
 
-def draw_lines(axis: plt.Axes, points: pd.DataFrame) -> None:
-    """A line per kind through the means of its points (kind, x, value), and their ranges."""
-    for kind in (kind for kind in KINDS if kind in {*points.kind}):
-        line = points[points.kind == kind].groupby("x").value.agg(["mean", "min", "max"])
-        spread = abs(line[["min", "max"]].T - line["mean"])
-        how = {"color": COLORS[kind], "label": kind, "marker": "o", "capsize": 3}
-        axis.errorbar(line.index, line["mean"], spread, **how)
-
-
-def draw_units(axis: plt.Axes, data: pd.DataFrame) -> None:
-    """Returns by Var[s' - s] / Var[c r], where the model learns c r; and where tasks stand."""
+def draw_units(axis: plt.Axes, points: pd.DataFrame, what: str) -> None:
+    """Values where the model learns c r, by Var[s' - s] / Var[c r]; and where tasks stand."""
     scales = pd.read_csv(RESULTS / "mechanism/scales.csv", index_col="task").residual_over_reward
-    rows = data[(data.task == UNITS_TASK) & (data.tag == "return") & (data.step == 15_000)]
-    parts = []
-    for c in {"1", *rows.exp_name.str.extract(r"_unit(.+)")[0].dropna()}:
-        for kind, part in kinds_of(rows, f"_unit{c}" if c != "1" else "").items():
-            parts.append(part.assign(kind=kind, x=scales[UNITS_TASK] / float(c) ** 2))
-    points = pd.concat(parts)
-    draw_lines(axis, points[points.kind != "SAC"])
-    axis.set(title=f"{UNITS_TASK}: return at 15,000 steps", xscale="log")
-    axis.set(xlabel="variance of s' - s / variance of the model's reward")
+    points = points.assign(x=scales[UNITS_TASK] / points.c.astype(float) ** 2)
+    draw(axis, points, "x", f"{UNITS_TASK}\n{what}", COLORS)
+    axis.set(xscale="log", xlabel="variance of s' - s / variance of the model's reward")
     top = axis.secondary_xaxis("top")
     top.set_xticks(scales, scales.index.str.removeprefix("dmc/"), rotation=90, fontsize="x-small")
     top.tick_params(which="minor", top=False)
 
 
-def draw_errors(axis: plt.Axes, task: str) -> None:
-    """The reward's error at new actions by gradient steps of a fit, for each kind of target."""
-    rows = pd.read_csv(RESULTS / "mechanism/errors.csv")
-    rows = rows[(rows.task == task) & (rows.set == "actions") & (rows.beta == 0)]
-    rows = rows[(rows.schedule == "one fit") & (rows.data == "random") & (rows.transitions == 5000)]
-    kinds = {cell: kind for kind, cell in CELLS.items()}
-    draw_lines(axis, rows.assign(kind=rows.cell.map(kinds), x=rows.updates, value=rows.reward))
-    axis.axhline(1, color="0.3", linestyle=":")
-    axis.set(title=f"{task}: squared error of r / variance", xlabel="gradient steps of a fit")
-    axis.set(xscale="log", yscale="log")
+def returns_by_unit(data: pd.DataFrame) -> pd.DataFrame:
+    """Each run's return at 15,000 steps: c, and the name of its kind."""
+    rows = data[(data.task == UNITS_TASK) & (data.tag == "return") & (data.step == 15_000)]
+    parts = rows.exp_name.str.extract(r"(?P<name>.*?)(?:_unit(?P<c>.+))?$").fillna("1")
+    rows = rows.assign(name=parts.name.map(KIND_OF), c=parts.c)
+    return rows[rows.name.notna() & (rows.name != "SAC")]
+
+
+def errors_of(name: str, pattern: str) -> pd.DataFrame:
+    """Of NAME/errors.csv the reward's error at new actions, and what the pattern finds in cells."""
+    rows = pd.read_csv(RESULTS / name / "errors.csv")
+    rows = rows[(rows.set == "actions") & (rows.beta == 0) & (rows.schedule == "one fit")]
+    rows = rows[(rows.transitions == 5000) & (rows.data == "random")].assign(value=rows.reward)
+    parts = rows.cell.str.extract(pattern)
+    return rows.assign(**parts.assign(name=parts.name.map(KIND_OF))).dropna(subset=["name"])
 
 
 def with_legend(figure: plt.Figure) -> plt.Figure:
     """A figure with one legend, of all its panels."""
-    parts = [axis.get_legend_handles_labels() for axis in figure.axes]
-    shown = {name: x for xs, names in parts for x, name in zip(xs, names, strict=True)}
+    shown = {}
+    for axis in (axis for axis in figure.axes if axis.get_legend()):
+        shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.get_legend().remove()
     figure.legend(shown.values(), shown.keys(), loc="outside right", fontsize="small")
     return figure
 
 
 def evidence(data: pd.DataFrame) -> plt.Figure:
-    """The README's figure."""
+    """The README's figure: units, the reward's error in a fit, and two tasks at length."""
     figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
-    draw_units(axes[0], data)
-    draw_errors(axes[1], "dmc/humanoid-stand")
-    for axis, task in zip(axes[2:], ("dmc/humanoid-stand", "dmc/walker-run"), strict=True):
-        draw_returns(axis, task, kinds_of(data[data.task == task]), COLORS)
+    draw_units(axes[0], returns_by_unit(data), "return at 15,000 steps")
+    errors = errors_of("mechanism", "(?P<name>.*)")
+    errors = errors[errors.task == LENGTH[0]]
+    draw(axes[1], errors, "updates", f"{LENGTH[0]}\nerror of r / variance of r", COLORS)
+    axes[1].set(xscale="log", yscale="log", xlabel="gradient steps of a fit")
+    for axis, task in zip(axes[2:], sorted({*LENGTH} & {*data.task}), strict=False):
+        rows = data[data.task == task]
+        draw_returns(axis, rows.assign(name=rows.exp_name.map(KIND_OF)).dropna(), COLORS)
+    return with_legend(figure)
+
+
+def units(data: pd.DataFrame) -> plt.Figure:
+    """What the unit of the reward does to the return, and to the reward's error in a fit."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    draw_units(axes[0], returns_by_unit(data), "return at 15,000 steps")
+    errors = errors_of("units", r"build/(?P<name>.*)_reward_unit .*?(?P<c>[\d.]+)$")
+    errors = errors[errors.updates == errors.updates.max()]
+    draw_units(axes[1], errors, "error of r / variance of r, after a fit")
+    axes[1].set(yscale="log")
     return with_legend(figure)
 
 
 def curves(data: pd.DataFrame) -> plt.Figure:
     """A panel per task, with all its runs."""
-    high = math.ceil(data.task.nunique() / 3)
-    how = {"figsize": (18, 3.8 * high), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(high, 3, **how)
-    colors = {run: plt.cm.tab20(i % 20) for i, run in enumerate(sorted({*data.run}))}
-    panels = data.groupby("task", sort=False)
-    for axis, (task, rows) in zip(axes.flat, panels, strict=False):
-        draw_returns(axis, task, dict([*rows.groupby("run")]), colors)
+    panels = data.assign(name=data.run).groupby("task", sort=False)
+    how = {"figsize": (18, 3.8 * math.ceil(len(panels) / 3)), "layout": "constrained"}
+    figure, axes = plt.subplots(math.ceil(len(panels) / 3), 3, squeeze=False, **how)
+    palette = {run: plt.cm.tab20(i % 20) for i, run in enumerate(sorted({*data.run}))}
+    for axis, (_, rows) in zip(axes.flat, panels, strict=False):
+        draw_returns(axis, rows, palette)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     return with_legend(figure)
@@ -312,9 +303,7 @@ PARTS = {  # what may stand between markers: functions of the data, and of the m
     "summary": summary,
     "diff": diff_text,
     "diffs": lambda _: diffs.table(),
-    # in sentences, <!-- mean TASK EXPERIMENT STEP -->, with a tag of scalars.csv if not of returns:
-    "mean": lambda *words: cell(scores(*words)),
-    "seeds": lambda *words: ", ".join(map(show, scores(*words))),
+    "mean": mean,
     "course": course,
 }
 
@@ -339,7 +328,7 @@ def filled(text: str, data: pd.DataFrame) -> str:
 def documents_of(results: Path, data: pd.DataFrame) -> dict[Path, str]:
     """The two READMEs, or report.md beside runs that are not our own, and what they should say."""
     if results.resolve() != RESULTS:
-        return {results / "report.md": f"![Mean returns](curves.png)\n\n{tables(data)}\n"}
+        return {results / "report.md": f"![Mean returns](curves.png)\n\n{table(data)}\n"}
     readmes = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
     return {path: filled(path.read_text(), data) for path in readmes}
 
@@ -352,7 +341,7 @@ def report(options: Options) -> None:
         return record(options.record, options.results)
     data = load(options.results)
     if not options.write and not options.check:
-        return print(tables(data))
+        return print(table(data))
     texts = documents_of(options.results, data).items()
     if options.check:
         found = [path for path, text in texts if not path.exists() or path.read_text() != text]
@@ -360,8 +349,10 @@ def report(options: Options) -> None:
         sys.exit(1 if found else 0)
     for path, text in texts:
         path.write_text(text)
-    for draw in [curves] + [evidence] * (options.results.resolve() == RESULTS):
-        draw(data).savefig(options.results / f"{draw.__name__}.png", metadata={"Software": None})
+    for figure in [curves] + [evidence, units] * (options.results.resolve() == RESULTS):
+        figure(data).savefig(
+            options.results / f"{figure.__name__}.png", metadata={"Software": None}
+        )
 
 
 if __name__ == "__main__":

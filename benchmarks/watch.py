@@ -1,12 +1,11 @@
-"""Plays what runs have learned: evaluates and films a saved policy, or several side by side.
+"""Plays what runs have learned, and films it: one picture, all runs side by side.
 
-    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3 --episodes 1
-    python benchmarks/watch.py RUN RUN RUN --gif film.gif
+    python benchmarks/watch.py runs/dmc-walker-run__mbpo_ftfl__3
+    python benchmarks/watch.py RUN RUN RUN --film film.gif
 
 A RUN holds checkpoint.pt. Without --seed its episodes are the first that training evaluates at the
-step that was saved; each is filmed as an .mp4 of its own, in the task's own time. With --gif the
-first is shown instead, of all runs at once from one seed, so that it begins alike, in one animated
-picture of at most 2 MB (.gif, .webp or .png).
+step that was saved. The film shows the first episode of every run, ten frames a second of the
+task's own time, as an animated .gif, .webp or .png of at most 2 MB.
 """
 
 import io
@@ -18,13 +17,12 @@ from pathlib import Path
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported
 
-import gymnasium as gym
 import numpy as np
 import tyro
 from common import ROOT, InputError, load_script, read_policy, run_tool
 from PIL import Image, ImageDraw
 
-MOST = 2_000_000  # bytes of an animated picture
+MOST = 2_000_000  # bytes of a film
 SIZE = 200, 150  # pixels of a run in it
 
 
@@ -33,29 +31,14 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs
     episodes: int = 3  # how many
     seed: int | None = None  # of the episodes; by default the run's
-    video: Path | None = None  # folder of the films; by default RUN/watch
-    gif: Path | None = None  # file of one animated picture of all runs
+    film: Path | None = None  # file of an animated picture
     seconds: float = 10.0  # of the task's time that it shows
 
 
-class Frames(gym.Wrapper):
-    """Keeps a picture of every so many steps of an episode, up to a last one."""
-
-    def __init__(self, env: gym.Env, every: int, last: float):
-        super().__init__(env)
-        self.every, self.last, self.steps, self.frames = every, last, 0, []
-
-    def step(self, action: np.ndarray) -> tuple:
-        if self.steps % self.every == 0 and self.steps < self.last:
-            self.frames.append(Image.fromarray(self.env.render()).resize(SIZE))
-        self.steps += 1
-        return self.env.step(action)
-
-
 class Run:
-    """A run whose policy is saved: its script, settings, step, environment, seconds of a step."""
+    """A run whose policy is saved: its settings, the step, and how to play it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, render: bool):
         saved = read_policy(folder)
         self.folder, self.settings, self.step = folder, saved["settings"], saved["progress"]["step"]
         name = Path(self.settings["script"]).name
@@ -64,75 +47,60 @@ class Run:
             raise InputError(f"{folder} was made by {name}, which is not in {ROOT} or its build/")
         self.script = load_script(files[0])
         self.policy = self.script.load_policy(folder)
-        self.env = self.script.make_env(self.settings["env_id"], render=True)
-        self.dt = getattr(self.env.unwrapped, "dt", None) or 1 / 30
+        self.env = self.script.make_env(self.settings["env_id"], render=render)
 
-    def play(self, env: gym.Env, seed: int, episode: int) -> float:
-        """The return of an episode, as training evaluates it, in its environment in wrappers."""
-        obs, _ = env.reset(seed=self.script.derive_seed(seed, 1, self.step, episode))
-        total, over = 0.0, False
+    def play(self, seed: int | None, episode: int, seconds: float) -> tuple[float, list]:
+        """Return of an episode, as training evaluates it; pictures of its first seconds."""
+        seed = self.settings["seed"] if seed is None else seed
+        obs, _ = self.env.reset(seed=self.script.derive_seed(seed, 1, self.step, episode))
+        dt = getattr(self.env.unwrapped, "dt", None) or 1 / 30
+        total, over, frames, step = 0.0, False, [], 0
         while not over:
-            obs, reward, terminated, truncated, _ = env.step(self.policy(obs))
-            total, over = total + reward, terminated or truncated
-        return total
-
-
-def film(run: Run, options: Options) -> None:
-    """Prints the returns of a run's episodes, and films them."""
-    seed = run.settings["seed"] if options.seed is None else options.seed
-    folder = options.video or run.folder / "watch"
-    how = {"name_prefix": f"step-{run.step}", "fps": round(1 / run.dt)}
-    try:
-        env = gym.wrappers.RecordVideo(run.env, str(folder), lambda episode: True, **how)
-    except gym.error.DependencyNotInstalled:
-        raise InputError("a video needs moviepy: pip install -e '.[benchmarks]'") from None
-    returns = [run.play(env, seed, i) for i in range(options.episodes)]
-    env.close()
-    print(*(f"episode {i}  return {value:.2f}" for i, value in enumerate(returns)), sep="\n")
-    print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}; written to {folder}")
-
-
-def animate(runs: list[Run], options: Options) -> None:
-    """Writes a picture of one episode of all runs, ten frames a second, or fewer to make it fit."""
-    if len(alike := {(run.settings["env_id"], run.step) for run in runs}) > 1:
-        raise InputError(f"--gif: these runs are not of one task and step: {sorted(alike)}")
-    seed = runs[0].settings["seed"] if options.seed is None else options.seed
-    every, strips = max(1, round(0.1 / runs[0].dt)), []
-    for run in runs:
-        env = Frames(run.env, every, options.seconds / run.dt)
-        said = f"return {run.play(env, seed, 0):.0f}"
-        print(f"{run.folder}  {said}")
-        for frame in env.frames:
-            text = f"{run.settings['exp_name']}, step {run.step:,}\n{said}"
+            if step * dt < seconds and step % max(1, round(0.1 / dt)) == 0:
+                frames.append(Image.fromarray(self.env.render()).resize(SIZE))
+            obs, reward, terminated, truncated, _ = self.env.step(self.policy(obs))
+            total, over, step = total + reward, terminated or truncated, step + 1
+        for frame in frames:
+            text = f"{self.settings['exp_name']}, step {self.step:,}\nreturn {total:.0f}"
             ImageDraw.Draw(frame).text((4, 2), text, "white", stroke_width=1, stroke_fill="black")
-        strips.append(env.frames)
+        return total, frames
+
+
+def write_film(strips: list[list], file: Path) -> None:
+    """Writes pictures of runs beside each other, and fewer a second if they do not fit."""
     longest = max(map(len, strips))  # who has fallen stays as it is
     strips = [frames + frames[-1:] * (longest - len(frames)) for frames in strips]
     frames = [Image.fromarray(np.hstack([*map(np.asarray, x)])) for x in zip(*strips, strict=True)]
-    kind, data = options.gif.suffix[1:].upper(), b""
+    kind, data = file.suffix[1:].upper(), None
     if kind != "WEBP":  # a palette, without dithering, takes a third of the bytes
         frames = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
     for n in (1, 2, 4, 8, 16):  # every n-th frame
-        file = io.BytesIO()
-        how = {"append_images": frames[n::n], "duration": round(1000 * n * every * run.dt)}
-        frames[0].save(file, kind, save_all=True, loop=0, **how)
-        if len(data := file.getvalue()) <= MOST:
-            break
-    options.gif.write_bytes(data)
-    print(f"{len(frames[::n])} frames, {len(data):,} bytes: {options.gif}")
+        if data is None or data.tell() > MOST:
+            data, how = io.BytesIO(), {"append_images": frames[n::n], "duration": 100 * n}
+            frames[0].save(data, kind, save_all=True, loop=0, **how)
+    file.write_bytes(data.getvalue())
 
 
 def watch(options: Options) -> None:
-    """Films each run, or all of them in one picture."""
+    """Prints the returns of episodes of each run, and films the first ones."""
     if not options.runs or options.episodes < 1 or (options.seed or 0) < 0 or options.seconds <= 0:
         raise InputError("name a run; --episodes and --seconds must be above 0, --seed 0 or more")
-    if options.gif and options.gif.suffix not in (".gif", ".webp", ".png"):
-        raise InputError(f"--gif must end with .gif, .webp or .png, not {options.gif}")
-    runs = [Run(folder) for folder in options.runs]
-    if options.gif:
-        return animate(runs, options)
+    if options.film and options.film.suffix not in (".gif", ".webp", ".png"):
+        raise InputError(f"--film must end with .gif, .webp or .png, not {options.film}")
+    runs, strips = [Run(folder, bool(options.film)) for folder in options.runs], []
+    if options.film and len(alike := {(run.settings["env_id"], run.step) for run in runs}) > 1:
+        raise InputError(f"--film: these runs are not of one task and step: {sorted(alike)}")
     for run in runs:
-        film(run, options)
+        films = [options.seconds if options.film and i == 0 else 0 for i in range(options.episodes)]
+        plays = [run.play(options.seed, i, seconds) for i, seconds in enumerate(films)]
+        returns = [total for total, _ in plays]
+        print(
+            run.folder, *(f"episode {i}  return {x:.2f}" for i, x in enumerate(returns)), sep="\n"
+        )
+        print(f"mean {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+        strips.append(plays[0][1])
+    if options.film:
+        write_film(strips, options.film)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""benchmarks/watch.py: it evaluates as training does, films what happens, refuses in one line."""
+"""benchmarks/watch.py: it evaluates as training does, films runs side by side, refuses in one line."""
 
 import os
 import subprocess
 import sys
 
-import imageio.v3 as imageio
 import numpy as np
 import pytest
 import report
@@ -42,20 +41,14 @@ def returns_of(said: str) -> list[float]:
     return [float(line.split()[-1]) for line in said.splitlines() if "  return" in line]
 
 
-def test_it_evaluates_and_films_as_training_did(trained, tmp_path):
-    """All returns of the last evaluation come again, each episode in a film that moves."""
-    child = run_watch(trained, "--video", tmp_path)
+def test_it_evaluates_as_training_did(trained):
+    """All returns of the last evaluation come again."""
+    child = run_watch(trained)
     assert child.returncode == 0, child.stderr
     returns = returns_of(child.stdout)
     _, *numbers = (trained / "eval.csv").read_text().splitlines()[-1].split(",")
     measured = [f(returns) for f in (np.mean, np.std, min, max, len)]
     assert measured == pytest.approx([float(number) for number in numbers[:5]], abs=0.01)
-    films = sorted(tmp_path.glob("step-80*.mp4"))
-    assert len(films) == 3
-    for value, film in zip(returns, films, strict=True):
-        frames = imageio.imread(film)
-        assert len(frames) == pytest.approx(value + 2, abs=1)  # a step that falls gives 0
-        assert frames[0].tobytes() != frames[-1].tobytes()
 
 
 def test_runs_side_by_side_in_one_picture(trained, tmp_path):
@@ -65,9 +58,9 @@ def test_runs_side_by_side_in_one_picture(trained, tmp_path):
     recorded = results / trained.name
     starts = []
     for seed in (5, 6):
-        child = run_watch(trained, recorded, "--gif", film, "--seconds", 3, "--seed", seed)
-        first, other = returns_of(child.stdout)
-        assert first == other, child.stderr
+        child = run_watch(trained, recorded, "--film", film, "--seconds", 3, "--seed", seed)
+        returns = returns_of(child.stdout)
+        assert (len(returns), returns[:3]) == (6, returns[3:]), child.stderr
         starts.append(Image.open(film).convert("RGB").tobytes())
     assert starts[0] != starts[1]
     assert film.stat().st_size <= watch.MOST
@@ -83,7 +76,7 @@ def test_runs_side_by_side_in_one_picture(trained, tmp_path):
     assert np.abs(shown[0] - shown[1]).mean() > 0.5
     saved = torch.load(recorded / "checkpoint.pt")
     torch.save(saved | {"progress": {"step": 90}}, recorded / "checkpoint.pt")
-    child = run_watch(trained, recorded, "--gif", film)
+    child = run_watch(trained, recorded, "--film", film)
     assert "are not of one task and step" in one_error(child.stderr)
 
 
@@ -93,7 +86,7 @@ BAD = [  # what is made of the run's folder, flags, and what the line must say
     ({"agent": {}}, "", "checkpoint.pt is damaged, or older"),
     ("other.py", "", "was made by other.py, which is not in"),
     (None, "--episodes 0", "--episodes and --seconds must be above 0"),
-    (None, "--gif film.avi", "--gif must end with"),
+    (None, "--film film.avi", "--film must end with"),
 ]
 
 
