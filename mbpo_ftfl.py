@@ -1191,7 +1191,7 @@ def what_is_saved(args: Args) -> str:
         step = read_checkpoint(run_folder(args))["progress"]["step"]
     except InputError:
         return "nothing is saved"
-    return f"saved up to step {step}, from where --resume goes on; what came later is lost"
+    return f"saved up to step {step}, from where --resume goes on"
 
 
 def main() -> None:
