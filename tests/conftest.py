@@ -1,22 +1,35 @@
-"""One thread for tests and their children, the scripts on the path, and ways to call a script."""
+"""One thread for tests and their children, fixed random numbers, and ways to call a script."""
 
 import os
 import signal
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in children
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+from helpers_run import listing, one_error
 
 
 def pytest_collection_modifyitems(items) -> None:
     """The tests that take minutes go first, so that no process is left alone with them."""
     items.sort(key=lambda item: item.path.stem != "test_learning")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """The same random numbers of torch in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def double():
+    """Numbers in float64, so that a reference may be compared to some ten digits."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -46,9 +59,20 @@ def main(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
+def done(main):
+    """Checks that main ends well, without a word on stderr; returns stdout."""
+
+    def call(script, words: list[str]) -> str:
+        code, out, err = main(script, words)
+        assert (code, err) == (0, "")
+        return out
+
+    return call
+
+
+@pytest.fixture
 def refused(main, tmp_path):
     """Checks that main ends with exit code 2, one line, and nothing written; returns the line."""
-    from helpers_run import listing, one_error  # it imports the scripts, and they torch
 
     def call(script, words: list[str]) -> str:
         before = listing(tmp_path)

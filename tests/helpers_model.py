@@ -1,12 +1,17 @@
 """What the tests of networks, buffers and models share: sizes, random transitions, comparisons."""
 
+import copy
+from functools import partial
+
 import torch
-from torch import nn
+from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves, tree_map
 
 import sac
 
 S, A = 5, 3  # dimensions of the made-up task's states and actions
 CPU = torch.device("cpu")
+assert_equal = partial(assert_close, rtol=0, atol=0)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -21,36 +26,6 @@ def random_batch(*shape: int) -> sac.Batch:
     return sac.Batch(obs, action, torch.randn(shape), next_obs, terminated)
 
 
-def as_module(params: list) -> nn.Sequential:
-    """A network of linear layers with ReLU between them, whose weights are copies of these."""
-    layers = []
-    for weight, bias in params:
-        layer = nn.Linear(*weight.shape)
-        layer.weight.data.copy_(weight.T)
-        layer.bias.data.copy_(bias)
-        layers += [layer, nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def as_params(module: nn.Sequential) -> list:
-    """The parameters of such a network, as the scripts keep them."""
-    return [(layer.weight.data.T, layer.bias.data) for layer in module[::2]]
-
-
-def stack(twins: list) -> list:
-    """The parameters of several networks, stacked as the scripts keep them."""
-    layers = zip(*twins, strict=True)
-    return [
-        (torch.stack([w for w, _ in layer]), torch.stack([b[None] for _, b in layer]))
-        for layer in layers
-    ]
-
-
-def unstack(params: list) -> list:
-    """The parameters of each of several networks that are stacked."""
-    return [[(w[i], b[i, 0]) for w, b in params] for i in range(len(params[0][0]))]
-
-
 def flat(tree, prefix: str = "") -> dict:
     """The tensors of nested dicts, lists and tuples, by path."""
     if isinstance(tree, torch.Tensor):
@@ -59,16 +34,31 @@ def flat(tree, prefix: str = "") -> dict:
     return {k: x for key, part in items for k, x in flat(part, f"{prefix}/{key}").items()}
 
 
-def assert_close(actual, expected, **tolerance) -> None:
-    """Fails, naming the tensor, if two trees of tensors differ by more than the tolerance."""
-    actual, expected = flat(actual), flat(expected)
-    assert actual.keys() == expected.keys()
-    for path, tensor in actual.items():
-        torch.testing.assert_close(
-            tensor, expected[path], msg=lambda m, p=path: f"{p}: {m}", **tolerance
-        )
+def check_updates_in_place(script, compiled: bool, device: str, updates: int, **tolerance) -> None:
+    """SAC's and the model's updates are pure; in place, a state gets what they return, each time.
 
-
-def assert_equal(actual, expected) -> None:
-    """The same to the bit."""
-    assert_close(actual, expected, rtol=0, atol=0)
+    Both begin with the same state, and the pure ones, which are not compiled, go on by themselves.
+    """
+    args, device = script.Args(compile=compiled), torch.device(device)
+    params = script.init_ensemble(4, S + A, S + 1, 8)
+    cases = [
+        (script.sac_update, script.init_agent(S, A, 0.3, device)),
+        (script.model_update, script.adam_init(params, device)),
+    ]
+    torch.compiler.reset()
+    for update, state in cases:
+        tree_map(torch._dynamo.mark_static_address, state)
+        in_place, pure = script.compiled_update(update, args), copy.deepcopy(state)
+        for _ in range(updates):
+            inputs = random_batch(32), torch.randn(2, 32, A)
+            if update is script.model_update:
+                inputs = torch.randn(4, 32, S + A), torch.randn(4, 32, S + 1)
+            inputs = tree_map(lambda x: x.to(device), inputs)
+            before, kept = pure, copy.deepcopy((pure, inputs))
+            pure, expected = update(before, *inputs, args)
+            assert_equal((before, inputs), kept)
+            pairs = zip(tree_leaves(before), tree_leaves(pure), strict=True)
+            assert not any(torch.equal(old, new) for old, new in pairs)
+            metrics = tree_map(torch.clone, in_place(state, *inputs))
+            assert_close((state, metrics), (pure, expected), **tolerance)
+    torch.compiler.reset()

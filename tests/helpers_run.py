@@ -1,12 +1,11 @@
 """What the tests of whole runs share: the scripts, small settings, comparisons, TensorBoard."""
 
 import dataclasses
-import signal
-import subprocess
-import sys
-from functools import partial
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,25 +17,11 @@ import sac
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [sac, mbpo, mbpo_ftfl, mbpo_residual_ablation]
 NAMES = [script.__name__ for script in SCRIPTS]
-SMALL = {
-    "env_id": "InvertedPendulum-v5",
-    "total_timesteps": 80,
-    "learning_starts": 40,
-    "batch_size": 32,
-    "updates_per_step": 1,
-    "buffer_size": 1000,
-    "eval_frequency": 40,
-    "eval_episodes": 2,
-    "compile": False,
-}
-SMALL_MODEL = {
-    "ensemble_size": 3,
-    "num_elites": 2,
-    "model_hidden": 16,
-    "model_first_updates": 30,
-    "model_updates": 5,
-    "rollouts_per_step": 10,
-}
+SMALL = {"env_id": "InvertedPendulum-v5", "total_timesteps": 80, "learning_starts": 40}
+SMALL |= {"batch_size": 32, "updates_per_step": 1, "buffer_size": 1000, "eval_frequency": 40}
+SMALL |= {"eval_episodes": 2, "compile": False}
+SMALL_MODEL = {"ensemble_size": 3, "num_elites": 2, "model_hidden": 16, "model_first_updates": 30}
+SMALL_MODEL |= {"model_updates": 5, "rollouts_per_step": 10}
 
 
 def small(script: str, **changes) -> dict:
@@ -94,6 +79,7 @@ class Outcome:
     def __init__(self, script, settings: dict):
         args = script.Args(**settings)
         self.result = script.train(args)
+        self.precision = torch.get_float32_matmul_precision()
         self.folder = folder_of(args.run_root, args.exp_name, args.env_id, args.seed)
         self.evaluations = read_evaluations(self.folder)[1:] if args.eval_frequency else None
         self.saved = read_checkpoint(self.folder) if args.checkpoint_frequency else None
@@ -103,6 +89,36 @@ class Outcome:
         if self.saved and "model" in self.saved:
             self.model, self.synthetic = self.saved["model"], self.saved["synthetic"]["rows"]
             self.learner, self.fitted = self.model["learner"], self.model["learner"]["t"]
+
+
+class Cut(BaseException):
+    """The power goes: nothing is closed or cleaned up."""
+
+
+@contextmanager
+def at_step(script, step: int, act):
+    """Has something done in a step of a script's runs, before the environment's step."""
+    check = script.check_finite
+
+    def check_finite(now, **quantities):
+        check(now, **quantities)
+        if now == step and "action" in quantities:
+            act()
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(script, "check_finite", check_finite)
+        yield
+
+
+def cut(script, step: int, **settings) -> None:
+    """Trains until the power goes in a step."""
+
+    def power_goes():
+        raise Cut
+
+    with at_step(script, step, power_goes), pytest.raises(Cut):
+        script.train(script.Args(**settings))
+    time.sleep(1)  # the files of TensorBoard's curves are in the order of their seconds
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -141,17 +157,3 @@ def one_error(stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: "), stderr
     return lines[0]
-
-
-def start(script: str, *words: str, **options) -> subprocess.Popen:
-    """Starts a script as a child, with its output in pipes."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # heeds Ctrl-C
-    return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *words], **(pipes | options))
-
-
-def run(script: str, *words: str, **options) -> subprocess.CompletedProcess:
-    """Runs a script as a child to its end."""
-    with start(script, *words, **options) as child:
-        out, err = child.communicate(timeout=300)
-    return subprocess.CompletedProcess(child.args, child.returncode, out, err)
