@@ -10,7 +10,6 @@ from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
-import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,29 +24,11 @@ class InputError(ValueError):
 def load_script(path: Path | str) -> ModuleType:
     """A script as a module, by its path in the repository or elsewhere."""
     path = (ROOT / path).resolve()
-    module = sys.modules.get(path.stem)
-    if getattr(module, "__file__", None) != str(path):
+    if getattr(sys.modules.get(path.stem), "__file__", None) != str(path):
         spec = spec_from_file_location(path.stem, path)
-        module = sys.modules[path.stem] = module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
-
-
-def read_policy(run: Path) -> dict:
-    """Of what checkpoint.pt holds, what a recorded run keeps of it: settings, step, the actor.
-
-    {"settings", "progress": {"step"}, "agent": {"actor": {"params": [(weight, bias)]}}}; InputError
-    if there is none, or none that can be read.
-    """
-    if not (file := run / "checkpoint.pt").exists():
-        raise InputError(f"{run} holds no checkpoint.pt: no run, or none saved yet")
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        params = [tuple(layer) for layer in saved["agent"]["actor"]["params"]]
-        settings, progress = saved["settings"], {"step": saved["progress"]["step"]}
-    except Exception:  # torch.load has no error of its own
-        raise InputError(f"{file} is damaged, or older than today's scripts") from None
-    return {"settings": settings, "progress": progress, "agent": {"actor": {"params": params}}}
+        sys.modules[path.stem] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])
+    return sys.modules[path.stem]
 
 
 def parse(options: type, doc: str, words: list[str] | None = None, **how):

@@ -1,9 +1,7 @@
 """The variants in benchmarks/diffs/: each is a patch that applies to several of the scripts.
 
-    patch -o mbpo_ftfl_ridge.py mbpo_ftfl.py benchmarks/diffs/ridge.diff
-    python benchmarks/diffs.py      writes all patched scripts into build/, for sweep.py
-
-What `patch` makes is again one self-contained script, with a name of its own for its run folders.
+patch -o mbpo_ftfl_ridge.py mbpo_ftfl.py benchmarks/diffs/ridge.diff
+python benchmarks/diffs.py      writes all patched scripts into build/, for sweep.py
 """
 
 import itertools
@@ -28,8 +26,7 @@ def patched(script: str, diff: Path) -> str | None:
 
 def origin(name: str) -> str | None:
     """The script of the four that a file of this name is, or is patched from; None if neither."""
-    made = {f"{script}.py": script for script in SCRIPTS}
-    made |= {f"{s}_{diff.stem}.py": s for s, diff in itertools.product(SCRIPTS, DIFFS)}
+    made = {f"{s}{end}.py": s for s in SCRIPTS for end in ["", *(f"_{x.stem}" for x in DIFFS)]}
     return made.get(name)
 
 

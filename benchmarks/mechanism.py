@@ -7,11 +7,8 @@
 A rollout starts at a state s of the replay buffer and takes a new action a. Its error can be
 measured exactly: set the simulator to s, take a, and compare. The data are N transitions by a
 uniform random policy, or by a run's own (--checkpoints). An ensemble of E members learns from them
-by the scripts' own functions, and its errors are measured on three sets:
-
-    rows          rows of the data that the fit holds out at random, among neighbors it learns from
-    actions       the states of 2 in 5 rows of the data, each with a new action of the same policy
-    episodes      5,000 transitions of other episodes
+by the scripts' own functions. Errors are measured on rows, which the fit holds out at random; on
+actions: the states of 2 in 5 rows, each with a new action; and on 5,000 rows of other episodes.
 
 Member e predicts y = [s', r] with mean mu_e and deviation sigma_e; v are the variances of s' - s
 and r over the data. With means E over members and transitions, and then over dimensions i, without
@@ -24,14 +21,14 @@ those in which s' - s never varies (if r never does, the reward's error is nan):
 
 A task is refused if an action, taken again from the same simulator state, leads elsewhere. A cell
 is a name in CELLS, or a command line: --cells "mbpo_ftfl --model-lr 3e-4" build/mine. Fits are kept
-in OUT/errors.csv and not made again; OUT/table.md and OUT/errors.png show all that are there.
+in OUT/errors.csv and not made again; table.md, rule.md and errors.png beside it show all of them.
 """
 
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 
 import gymnasium as gym
@@ -75,38 +72,35 @@ class Options:
     first: int = 1000  # with --later: gradient steps of the first fit
     every: int = 1000  # with --later: new transitions between fits
     at: tuple[int, ...] = (5000, 10_000, 20_000)  # with --later: transitions to measure at
-    fresh: bool = False  # with --later: a new ensemble, and --first, whenever the data have doubled
     dimensions: bool = False  # write each dimension's share, too: OUT/dimensions.csv
-    sets: tuple[str, ...] = ("actions",)  # sets to show in the table
     shown: tuple[int, ...] = (1000, 4000, 10_000)  # gradient steps of one fit to show there
     jobs: int = 2  # fits at a time, one process with one thread each
     compile: bool = True  # compile the update with torch.compile
     out: Path = RESULTS / "mechanism"  # folder of the results
 
 
-# --- Data -----------------------------------------------------------------------------------------
 def simulator(env: gym.Env) -> list:
     """mjModel and mjData of a task of dm_control or Gymnasium."""
     physics = getattr(env.unwrapped, "physics", env.unwrapped)
+    if not hasattr(physics, "data"):
+        raise InputError(f"{env.spec.id} can't be measured: it is no task of MuJoCo")
     return [getattr(part, "ptr", part) for part in (physics.model, physics.data)]
 
 
-def step(env: gym.Env, obs: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The row [s, a, r, s', terminated] [2S + A + 2], float64, and whether the episode is over."""
-    next_obs, reward, terminated, truncated, _ = env.step(action)
-    return np.hstack([obs, action, reward, next_obs, terminated]), terminated or truncated
-
-
+@lru_cache(maxsize=2)  # the fits to one data set come one after another
 def collect(task: str, run: Path | None, n: int, seed: int = 0, asked: bool = True) -> list:
     """Rows [N, 2S + A + 2] and, if asked, those of new actions [M, 2S + A + 2], in float64."""
     script = load_script("mbpo.py")
     env, sim = script.make_env(task), script.make_env(task)
-    if asked and not hasattr(getattr(sim.unwrapped, "physics", sim.unwrapped), "data"):
-        raise InputError(f"{task} can't be measured: it is no task of MuJoCo")
-    trained = run and script.load_policy(run, sampled=True)
-    act = trained or (lambda _: 2 * torch.rand(env.action_space.shape).numpy() - 1)
+    A = env.action_space.shape[0]
+    act = script.load_policy(run, sampled=True) if run else lambda _: 2 * torch.rand(A).numpy() - 1
     torch.manual_seed(seed)  # of all actions
     rows, others, over, sim_over = [], [], True, True
+
+    def step(env: gym.Env, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        after, reward, terminated, truncated, _ = env.step(action)
+        return np.hstack([obs, action, reward, after, terminated]), terminated or truncated
+
     for t in range(n):
         if over:
             obs, _ = env.reset(seed=script.derive_seed(seed, t))
@@ -116,9 +110,9 @@ def collect(task: str, run: Path | None, n: int, seed: int = 0, asked: bool = Tr
                 if sim_over:  # by its own clock
                     sim.reset(seed=0)
                 mujoco.mj_copyData(simulator(sim)[1], *simulator(env))
-                other, (again, sim_over) = again, step(sim, obs, a)
+                other, (again, sim_over) = again, step(sim, a)
             others.append(other)
-        row, over = step(env, obs, action)
+        row, over = step(env, action)
         if again is not None and not np.allclose(again, row, rtol=1e-6, atol=1e-6):
             gap = f"an action taken again gives another s' or r, by {np.abs(again - row).max():.2g}"
             raise InputError(f"{task} can't be measured: {gap}; it has state outside mjData")
@@ -127,14 +121,6 @@ def collect(task: str, run: Path | None, n: int, seed: int = 0, asked: bool = Tr
     return [torch.as_tensor(np.array(part)) for part in (rows, others)]
 
 
-@lru_cache(maxsize=1)  # the fits to one data set come one after another
-def data_of(task: str, run: Path | None, n: int) -> tuple:
-    """Rows of the data, of new actions, of other episodes; in float32, as of the replay buffer."""
-    rows, others = collect(task, run, n)
-    return rows.float(), others.float(), collect(task, run, 5000, 1, False)[0].float()
-
-
-# --- Fits -----------------------------------------------------------------------------------------
 @lru_cache(maxsize=1)  # what is compiled serves the seeds of a fit
 def pose(task: str, cell: str, beta: float, members: int, compile: bool) -> tuple:
     """A cell's script, as a module; its arguments; its update(learner, x, y) -> loss, in place."""
@@ -147,101 +133,89 @@ def pose(task: str, cell: str, beta: float, members: int, compile: bool) -> tupl
 
 
 def plan(options: Options) -> tuple[str, list, dict]:
-    """Name; fits (transitions, gradient steps, if new); {steps in all: transitions} of measures."""
+    """Name; fits (transitions, gradient steps); {steps in all: transitions} of measures."""
     n, first, later, every = options.transitions, options.first, options.later, options.every
     if later is None:
-        return "one fit", [(n, max(options.budgets), True)], dict.fromkeys(options.budgets, n)
-    fits, places, born, done = [], {}, 0, 0
-    for size in range(n, max(options.at) + 1, every):
-        new = not fits or (options.fresh and size >= 2 * born)
-        born, updates = (size, first) if new else (born, later)
-        fits.append((size, updates, new))
-        done += updates
-        places |= {done: size} if size in options.at else {}
-    return f"{first}, {later} every {every}" + ", fresh" * options.fresh, fits, places
+        return "one fit", [(n, max(options.budgets))], dict.fromkeys(options.budgets, n)
+    sizes = range(n, max(options.at) + 1, every)
+    fits = [(size, later if i else first) for i, size in enumerate(sizes)]
+    places = {first + i * later: size for i, size in enumerate(sizes) if size in options.at}
+    return f"{first}, {later} every {every}", fits, places
 
 
-def measure(model: dict, batch, data, script, args) -> tuple[dict, dict]:
-    """The four numbers on a batch, given all data; and by dimension [S + 1], nan if left out."""
+def measure(model: dict, batch, data, script, args) -> pd.DataFrame:
+    """By dimension [S + 1] error, spread and nll on a batch, in units of all data's v."""
     y, known = (torch.cat([b.next_obs - b.obs, b.reward[:, None]], -1) for b in (batch, data))
     v = known.double().var(0, correction=0)
     v = v.where(v > 1e-24, torch.nan)
     mean, std = (x.double() for x in script.predict(model, batch.obs, batch.action, args))
     mean[..., :-1] -= batch.obs
     error, spread = (mean - y) ** 2, std**2  # [E, B, S + 1]
-    nll = (error / spread + (spread / v).log()).mean((0, 1))
-    error, spread = error.mean((0, 1)) / v, spread.mean((0, 1)) / v
-    means = {"reward": error[-1], "change": (error + spread)[:-1].nanmean()}
-    means |= {"mean_change": error[:-1].nanmean(), "nll": nll.nanmean()}
-    return means, {"error": error, "spread": spread, "nll": nll}
+    parts = {"error": error / v, "spread": spread / v}
+    parts["nll"] = error / spread + parts["spread"].log()
+    return pd.DataFrame({name: part.mean((0, 1)) for name, part in parts.items()})
 
 
 def fit(key: tuple, run: Path | None, options: Options) -> dict:
     """All fits of an ensemble, in a worker: its rows of each CSV file."""
     torch.set_num_threads(1)
     (task, _, _, members, cell, beta, seed), (_, fits, places) = key, plan(options)
-    rows, others, unseen = data_of(task, run, fits[-1][0])
+    rows, others = (part.float() for part in collect(task, run, fits[-1][0]))
+    unseen = collect(task, run, 5000, 1, False)[0].float()
     script, args, update = pose(task, cell, beta, members, options.compile)
     env = script.make_env(task)
-    sizes = [env.observation_space.shape[0], env.action_space.shape[0]]  # S, A
+    S, A = env.observation_space.shape[0], env.action_space.shape[0]
     parts = getattr(env.unwrapped.observation_space, "spaces", {"s": env.observation_space})
     names = [f"{k}[{i}]" for k, v in parts.items() for i in range(int(np.prod(v.shape)))] + ["r"]
-    unpack = script.ReplayBuffer(1, *sizes, "cpu").unpack
+    unpack = script.ReplayBuffer(1, S, A, "cpu").unpack
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for the initial weights
-    snapshots, counter, tables = {}, count(1), {"dimensions": [], "errors": []}
+    params = script.init_ensemble(members, S + A, S + 1, args.model_hidden)
+    learner, everyone = script.adam_init(params, "cpu"), torch.arange(members)
+    snapshots, errors, dimensions = {}, [], []
 
     def counted(learner: dict, *batch: torch.Tensor) -> torch.Tensor:
-        loss, done = update(learner, *batch), next(counter)
-        if done in places:
+        loss = update(learner, *batch)
+        if (done := int(learner["t"])) in places:
             snapshots[done] = tree_map(torch.clone, learner["params"])
         return loss
 
-    for n, updates, new in fits:
-        if new:
-            shape = members, sum(sizes), sizes[0] + 1, args.model_hidden
-            learner = script.adam_init(script.init_ensemble(*shape), "cpu")
+    for n, updates in fits:
         _, holdout = script.split(n, args, generator.clone_state())  # as the fit will draw it
         data = unpack(rows[:n])
         model, _ = script.fit_ensemble(learner, data, updates, counted, args, generator)
         sets = {"rows": rows[holdout], "actions": others[: 2 * n // 5], "episodes": unseen}
         for (done, params), (name, part) in product(snapshots.items(), sets.items()):
-            now = model | {"learner": {"params": params}, "elites": torch.arange(members)}
-            means, each = measure(now, unpack(part), data, script, args)
+            now = model | {"learner": {"params": params}, "elites": everyone}
             row = dict(zip([*FIT, *PLACE], [*key, n, done, name], strict=True))
-            tables["errors"].append(pd.DataFrame([row | {k: v.item() for k, v in means.items()}]))
-            tables["dimensions"].append(pd.DataFrame({**row, "dimension": names, **each}).dropna())
+            each = measure(now, unpack(part), data, script, args)
+            dimensions.append(pd.DataFrame({**row, "dimension": names, **each}).dropna())
+            row |= {"reward": each.error.iloc[-1], "change": (each.error + each.spread)[:-1].mean()}
+            errors.append(row | {"mean_change": each.error[:-1].mean(), "nll": each.nll.mean()})
         snapshots.clear()
-    return {name: pd.concat(table) for name, table in tables.items()}
-
-
-# --- Results --------------------------------------------------------------------------------------
-def read(file: Path) -> pd.DataFrame:
-    """A CSV file, or a table without rows."""
-    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*FIT, *PLACE])
+    return {"dimensions": pd.concat(dimensions), "errors": pd.DataFrame(errors)}
 
 
 def present(errors: pd.DataFrame, options: Options) -> None:
     """Tables of reward / change, of tasks that a budget serves, and curves; means over seeds."""
-    shown = errors[errors.set.isin(options.sets)]
-    rows = [name for name in [*FIT[:4], *PLACE] if name == "task" or shown[name].nunique() > 1]
+    shown = errors[errors.set == "actions"]
+    rows = [name for name in [*FIT[:4], *PLACE[:2]] if name == "task" or shown[name].nunique() > 1]
     cell = shown.cell + np.where(shown.beta > 0, ", beta " + shown.beta.astype(str), "")
     mean = shown.groupby([*rows, cell])[["reward", "change"]].mean()
     words = mean.map("{:.3g}".format)
     words = words[words.index.isin(options.shown, "updates")] if options.later is None else words
-    table = (words.reward + " / " + words.change).unstack().fillna("")
-    order = sorted(table, key=lambda name: [*CELLS, name].index(name.partition(", beta")[0]))
-    table = markdown(table[order].reset_index())
     best = mean.groupby([name for name in mean.index.names if name != "updates"]).transform("min")
     good = ((mean <= 1.25 * best) | best.isna()).all(axis=1).groupby(["cell", "updates"])
+    table = (words.reward + " / " + words.change).unstack().fillna("")
     rule = (good.sum().astype(str) + " of " + good.count().astype(str)).unstack().fillna("")
-    rule = markdown(rule.loc[order].reset_index())
-    for name, text in {"table": table, "rule": rule}.items():
+    order = sorted(table, key=lambda name: [name.partition(", beta")[0] != x for x in CELLS])
+    for name, part in {"table": table[order], "rule": rule.loc[order]}.items():
+        text = markdown(part.reset_index())
         (options.out / f"{name}.md").write_text(f"{text}\n")
         print(f"{text}\n")
-    single = {"set": "actions", "schedule": "one fit", "data": "random"}
-    single |= {"members": options.members, "transitions": options.transitions}
-    if len(lines := errors[(errors[[*single]] == [*single.values()]).all(axis=1)]):
+    lines = shown[(shown.schedule == "one fit") & (shown.data == "random")]
+    lines = lines[(lines.members == options.members) & (lines.transitions == options.transitions)]
+    if len(lines):
         lines = lines.melt([*FIT, *PLACE], ["reward", "change"], "part", "error")
         curves = {"x": "updates", "y": "error", "hue": "cell", "style": "beta"}
         how = {"kind": "line", "errorbar": None, "facet_kws": {"sharey": False}, "height": 3}
@@ -267,7 +241,8 @@ def run(options: Options) -> None:
     for cell, beta in product(options.cells, options.betas):
         pose("", cell, beta, options.members, False)
 
-    held = read(options.out / ("dimensions.csv" if options.dimensions else "errors.csv"))
+    file = options.out / f"{'dimensions' if options.dimensions else 'errors'}.csv"
+    held = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=[*FIT, *PLACE])
     done = {*held[[*FIT, "updates", "transitions"]].itertuples(index=False, name=None)}
     (schedule, _, places), fits = plan(options), []
     for (task, folder), *rest in product(sets, options.cells, options.betas, options.seeds):
@@ -282,24 +257,25 @@ def run(options: Options) -> None:
         for name in ["dimensions"] * options.dimensions + ["errors"]:
             file, table = options.out / f"{name}.csv", tables[name]
             table.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.5g")
-    present(read(options.out / "errors.csv").drop_duplicates([*FIT, *PLACE], keep="last"), options)
+    errors = pd.read_csv(options.out / "errors.csv").drop_duplicates([*FIT, *PLACE], keep="last")
+    present(errors, options)
 
 
 def scales(options: Options) -> None:
     """Writes Var[s' - s], the mean over dimensions, over Var[r]; and of rho_i = Corr(s_i, s'_i)."""
     table = []
     for task in options.tasks:
-        S = load_script("mbpo.py").make_env(task).observation_space.shape[0]
         rows = collect(task, None, options.transitions, 0, False)[0].numpy()
+        S = load_script("mbpo.py").make_env(task).observation_space.shape[0]
         s, after, reward = rows[:, :S], rows[:, -1 - S : -1], rows[:, -2 - S]
         change = (after - s).var(0)
         live = change > 1e-24
         rho = np.corrcoef(s.T[live], after.T[live]).diagonal(live.sum())
-        numbers = change[live].mean() / reward.var(), rho.min(), np.median(rho), (rho < 0).mean()
-        table.append([task, *map("{:.5g}".format, numbers)])
+        numbers = {"task": task, "residual_over_reward": change[live].mean() / reward.var()}
+        numbers |= {"rho_min": rho.min(), "rho_median": np.median(rho)}
+        table.append(numbers | {"rho_negative": (rho < 0).mean()})
     options.out.mkdir(parents=True, exist_ok=True)
-    columns = ["task", "residual_over_reward", "rho_min", "rho_median", "rho_negative"]
-    pd.DataFrame(table, None, columns).to_csv(options.out / "scales.csv", index=False)
+    pd.DataFrame(table).to_csv(options.out / "scales.csv", index=False, float_format="%.5g")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@
     python benchmarks/sweep.py GRID.toml --dry-run     checks the grid and prints its commands
     python benchmarks/sweep.py GRID.toml --slurm="--partition gpu --gpus 1 --time 24:00:00"
 
-How a grid is written: benchmarks/README.md. Seeds come one after the other.
-The scripts' own checks see all of it before anything starts. A run's output is in <folder>.log.
-After an interruption, a kill or a failure the same command goes on: it skips what is done and
-resumes the rest. The exit code is 1 if a run failed, and 2 for bad input. With --slurm the runs are
-queued as one array of jobs; a job out of time is queued again, and goes on where it was.
+How a grid is written: benchmarks/README.md. All of it is checked before anything starts. A run's
+output is in <folder>.log. After an interruption, a kill or a failure the same command goes on. With
+--slurm the runs are one array of jobs, and one out of time is queued again.
 """
 
 import fcntl
@@ -20,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,8 +27,11 @@ import tyro
 from common import ROOT, InputError, load_script, parse, run_tool
 from tqdm import tqdm
 
+check_task = cache(lambda env_id: load_script("sac.py").make_env(env_id).close())  # of a second
+CHILDREN: set[subprocess.Popen] = set()
 JOB = """\
 #!/bin/bash
+#SBATCH --requeue --open-mode=append --signal=B:USR1@60
 trap 'scontrol requeue $SLURM_JOB_ID' USR1  # comes a minute before the time is up
 {command} --only $SLURM_ARRAY_TASK_ID &
 wait $!
@@ -53,21 +54,17 @@ class Run:
     command: tuple[str, ...]
     folder: Path
     settings: str  # as in args.json, but for run_root
-    seed: int = 0
-
-    @property
-    def log(self) -> Path:  # beside the folder, which the script makes
-        return self.folder.with_name(f"{self.folder.name}.log")
 
     def done(self) -> bool:
         """Whether these very settings have run to exit code 0, which is what done.json records."""
         file = self.folder / "done.json"
         return file.exists() and file.read_text() == self.settings
 
-    def __call__(self, children: set[subprocess.Popen]) -> str:
+    def finish(self) -> str:
         """Runs to the end, whatever has begun already; returns what failed."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a+", errors="replace") as log:
+        file = self.folder.with_name(f"{self.folder.name}.log")  # the script makes the folder
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as log:
             fcntl.flock(log, fcntl.LOCK_EX)  # waits for a child that has outlived its sweep
             if self.done():
                 return ""
@@ -76,84 +73,52 @@ class Run:
             env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
             files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             child = subprocess.Popen(self.command, env=env, **files)
-            children.add(child)
-            if code := child.wait():
-                log.seek(0)
-                return f"exit code {code}: {log.read().strip().splitlines()[-1]}"
-        (self.folder / "done.json").write_text(self.settings)
-        return ""
-
-
-def finish(runs: list[Run], jobs: int | None) -> dict[Run, str]:
-    """Has the runs done here, so many at a time; returns what failed, and how."""
-    children: set[subprocess.Popen] = set()
-    pool = ThreadPoolExecutor(jobs or os.cpu_count())
-    try:
-        futures, failed = {pool.submit(run, children): run for run in runs}, {}
-        for future in tqdm(as_completed(futures), total=len(runs), unit="run", disable=None):
-            if outcome := future.result():
-                failed[futures[future]] = outcome
-            tqdm.write(f"{'failed' if outcome else 'done'}: {futures[future].folder}")
-        return failed
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.kill()  # its files are whole at any moment
+            CHILDREN.add(child)
+            if (code := child.wait()) == 0:
+                (self.folder / "done.json").write_text(self.settings)
+        tqdm.write(f"{'failed' if code else 'done'}: {self.folder}")
+        last = file.read_text(errors="replace").strip().splitlines()[-1]
+        return f"failed: {self.folder}: exit code {code}: {last}\n" if code else ""
 
 
 def queue(numbers: list[int], root: Path, options: Options) -> None:
     """Queues these of the grid's runs on SLURM, as one array of jobs."""
     root.mkdir(parents=True, exist_ok=True)
-    at_once = f"%{options.jobs}" if options.jobs else ""
+    array = ",".join(map(str, numbers)) + (f"%{options.jobs}" if options.jobs else "")
     command = ["sbatch", f"--job-name={options.grid.stem}", f"--output={root}/slurm-%A_%a.txt"]
-    command += [f"--array={','.join(map(str, numbers))}{at_once}", "--requeue"]
-    command += ["--open-mode=append", "--signal=B:USR1@60", *shlex.split(options.slurm)]
+    command += [f"--array={array}", *shlex.split(options.slurm)]
     job = JOB.format(command=shlex.join([sys.executable, __file__, str(options.grid)]))
-    try:
-        asked = subprocess.run(command, input=job, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise InputError("--slurm: there is no sbatch here") from None
+    asked = subprocess.run(command, input=job, capture_output=True, text=True)
     if asked.returncode:
         raise InputError(f"--slurm {options.slurm}: {asked.stderr.strip()}")
     print(f"{asked.stdout.strip()}, {len(numbers)} runs; the same command later skips what is done")
 
 
-def words(flag: str, value) -> list[str]:
-    """A flag and its value, as the command line spells them."""
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", *str(value).split()]
-
-
-@cache
-def check_task(script, env_id: str, never_terminates: bool) -> None:
-    """Raises InputError for a task that the script can't make, or knows no end of."""
-    script.make_env(env_id).close()
-    if hasattr(script, "termination_function"):
-        script.termination_function(script.Args(env_id=env_id, never_terminates=never_terminates))
-
-
 def make_run(name: str, flags: dict, root: Path, options: Options) -> Run:
     """The run of a script with these flags; InputError if the script has something against it."""
     if not (ROOT / name).is_file():
-        made = ": run benchmarks/diffs.py" if name.startswith("build/") else ""
-        raise InputError(f"there is no script {name}{made}")
+        raise InputError(f"no script {name}" + ": run benchmarks/diffs.py" * ("build/" in name))
     script = load_script(name)
     if "exp-name" in flags:
         try:
             flags["exp-name"] = str(flags["exp-name"]).format(script=script.__name__, **flags)
         except (AttributeError, LookupError, ValueError) as error:
             raise InputError(f"exp-name {flags['exp-name']}: no flag {error} here") from None
-    seed = words("seed", flags.pop("seed", script.Args.seed))
-    given = ["--run-root", str(root), "--resume", *(x for f in flags.items() for x in words(*f))]
-    args = parse(script.Args, "", [*given, *seed])
-    here = options.slurm is None  # or jobs may have what this machine lacks
-    script.check_args(args if here else replace(args, device="cpu", capture_video=False))
-    check_task(script, args.env_id, getattr(args, "never_terminates", False))
+    flags["seed"] = flags.pop("seed", script.Args.seed)  # stands last
+    given = ["--run-root", str(root), "--resume"]
+    for flag, value in flags.items():
+        words = [] if isinstance(value, bool) else str(value).split()
+        given += [f"--{'no-' * (value is False)}{flag}", *words]
+    args = parse(script.Args, "", given)
+    there = {} if options.slurm is None else {"device": "cpu", "capture_video": False}
+    script.check_args(replace(args, **there))  # a cluster may have what this machine lacks
+    check_task(args.env_id)
+    if hasattr(script, "termination_function"):
+        script.termination_function(args)
     settings = {"script": Path(name).name, "version": script.VERSION} | asdict(args)
     del settings["run_root"]  # what is done may be moved
-    command = sys.executable, str(ROOT / name), *given, "--seed", str(args.seed)
-    return Run(command, script.run_folder(args), json.dumps(settings), args.seed)
+    command = sys.executable, str(ROOT / name), *given
+    return Run(command, script.run_folder(args), json.dumps(settings))
 
 
 def read_grid(options: Options) -> list[Run]:
@@ -166,8 +131,8 @@ def read_grid(options: Options) -> list[Run]:
             raise InputError("there is no block that begins with [[grid]]")
         for number, block in enumerate(blocks, 1):
             place = f"{options.grid}, block {number}"
-            block = {"scripts": []} | shared | block
-            axes = {key: v if isinstance(v, list) else [v] for key, v in block.items()}
+            axes = {"scripts": []} | shared | block
+            axes = {key: v if isinstance(v, list) else [v] for key, v in axes.items()}
             if empty := [key for key, values in axes.items() if not values]:
                 raise InputError(f"{empty[0]} is missing")
             for values in itertools.product(*axes.values()):
@@ -178,8 +143,8 @@ def read_grid(options: Options) -> list[Run]:
                     raise InputError(f"{run.folder} would hold two runs: {remedy}")
                 runs[run.folder] = run
     except (OSError, ValueError) as error:
-        raise InputError(f"{place}: {getattr(error, 'strerror', None) or error}") from None
-    return sorted(runs.values(), key=lambda run: run.seed)
+        raise InputError(f"{place}: {error}") from None
+    return sorted(runs.values(), key=lambda run: json.loads(run.settings)["seed"])
 
 
 def sweep(options: Options) -> None:
@@ -196,15 +161,19 @@ def sweep(options: Options) -> None:
     if options.slurm is not None and todo:
         return queue(todo, runs[0].folder.parent, options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    pool = ThreadPoolExecutor(options.jobs or os.cpu_count())
     try:
-        failed = finish([runs[number] for number in todo], options.jobs)
+        failures = pool.map(Run.finish, [runs[number] for number in todo])
+        failures = [*filter(None, tqdm(failures, total=len(todo), unit="run", disable=None))]
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in [*CHILDREN]:
+            child.kill()  # its files are whole at any moment
         os._exit(1)  # without waiting for threads that wait
-    for run, outcome in failed.items():
-        print(f"failed: {run.folder}: {outcome}", file=sys.stderr)
-    print(f"{len(numbers) - len(failed)} of {len(numbers)} runs are done")
-    sys.exit(1 if failed else 0)
+    print(*failures, sep="", end="", file=sys.stderr)
+    print(f"{len(numbers) - len(failures)} of {len(numbers)} runs are done")
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

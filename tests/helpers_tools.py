@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from common import run_tool
-from helpers_run import read_checkpoint, read_evaluations, same
+from helpers_run import listing, one_error, read_checkpoint, read_evaluations, same_learning
 
 
 def call(do, options: type, *words, **how) -> tuple[int, str, str]:
@@ -22,13 +22,19 @@ def call(do, options: type, *words, **how) -> tuple[int, str, str]:
         except SystemExit as ending:
             code = ending.code
     signal.signal(signal.SIGTERM, handler)
-    return code or 0, out.getvalue(), err.getvalue()
+    return int(code or 0), out.getvalue(), err.getvalue()
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Evaluations and all of the checkpoint are equal to the bit, but for seconds and settings."""
     assert read_evaluations(one) == read_evaluations(other)
-    ours, theirs = read_checkpoint(one), read_checkpoint(other)
-    assert all(ours["progress"][x] == theirs["progress"][x] for x in ("step", "episode"))
-    for part in (ours.keys() | theirs.keys()) - {"settings", "progress"}:
-        assert same(ours[part], theirs[part]), part
+    assert same_learning(read_checkpoint(one), read_checkpoint(other))
+
+
+def refusal(folder: Path, do, options: type, *words, **how) -> str:
+    """The one line on bad input, which has exit code 2 and writes nothing into a folder."""
+    before = listing(folder)
+    code, out, err = call(do, options, *words, **how)
+    assert (code, out) == (2, "")
+    assert listing(folder) == before
+    return one_error(err)

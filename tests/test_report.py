@@ -1,19 +1,27 @@
-"""benchmarks/report.py: statistics, tables, figures that follow from files, recording of runs."""
+"""benchmarks/report.py: tables, figures and sentences that follow from files; recording of runs."""
 
-import itertools
 import json
 import shutil
+from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import report
-from helpers_run import ROOT, folder_of, listing, one_error, read_scalars, same, small
-from helpers_tools import call
+from helpers_run import (
+    ROOT,
+    folder_of,
+    read_checkpoint,
+    read_scalars,
+    same,
+    small,
+)
+from helpers_tools import call, refusal
 
 import sac
 
-WALKER = "dmc/walker-run"
+WALKER, POLE = "dmc/walker-run", "dmc/cartpole-swingup"
 
 
 def main(*words) -> tuple[int, str, str]:
@@ -29,83 +37,73 @@ def trained(tmp_path_factory):
     return folder_of(root, "sac")
 
 
-def write_run(
-    root, experiment="mbpo", seed=1, env_id=WALKER, returns=(1, 2, 3), scalars=(), **changes
-):
-    """A folder as it is recorded, with evaluations every 1,000 steps; scalars: step, tag, value."""
-    folder = folder_of(root, experiment, env_id, seed)
+def write_run(root, name="mbpo", seed=1, task=WALKER, returns=(1, 2, 3), scalars=(), **also):
+    """A folder as it is recorded, evaluated every 1,000 steps; scalars: step, tag, value."""
+    folder = folder_of(root, name, task, seed)
     folder.mkdir(parents=True)
-    settings = {"script": "sac.py", "env_id": env_id, "exp_name": experiment, "seed": seed}
-    (folder / "args.json").write_text(json.dumps(settings | {"updates_per_step": 10} | changes))
+    settings = {"script": "sac.py", "env_id": task, "exp_name": name, "seed": seed}
+    (folder / "args.json").write_text(json.dumps(settings | {"updates_per_step": 10} | also))
     curve = pd.DataFrame({"step": 1000 * np.arange(len(returns)), "mean": returns})
     curve.to_csv(folder / "eval.csv", index=False)
     frame = pd.DataFrame(scalars, columns=["step", "tag", "value"])
     frame.to_csv(folder / "scalars.csv", index=False)
 
 
-def rows_of(text: str) -> dict[str, list[str]]:
-    """The rows of a Markdown table by their first column."""
-    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    return {first.strip(): [word.strip() for word in rest] for first, *rest in lines}
+def rows_of(text: str, column: int = 1) -> dict[str, list[str]]:
+    """The rows of a Markdown table by one of their columns."""
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    lines = [[word.strip() for word in line] for line in lines]
+    return {line[column]: line for line in lines}
 
 
-def test_interval_is_that_of_all_resamples():
-    """Two to four seeds give what all their resamples give, one gives none, many 1.96 errors."""
-    for seeds in ([3.0, 11.0], [1.0, 2.0, 10.0], [0.0, 3.0, 4.0, 20.0]):
-        means = [np.mean(draw) for draw in itertools.product(seeds, repeat=len(seeds))]
-        bounds = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
-        assert np.allclose(report.interval(np.array(seeds)), bounds)
-    assert np.isnan(report.interval(np.array([3.0]))).all()
-    seeds = np.random.default_rng(1).normal(50, 10, 400)
-    low, high = report.interval(seeds)
-    assert (high - low) / 2 == pytest.approx(1.96 * seeds.std() / 20, rel=0.03)
-
-
-def test_table_of_a_task(tmp_path):
-    """Means, intervals and the dash of one seed stand under their steps; a late seed is told."""
+def test_table_of_all_runs(tmp_path):
+    """Means and ranges over the seeds, at the last step that all of them have reached."""
     for seed, value in enumerate((10, 20), 1):
-        fits = [(999 * i, "model/updates", n) for i, n in enumerate((500, value, 7), 1)]
-        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value), scalars=fits)
-    write_run(tmp_path, "sac", returns=(0, 60.4, 70))
+        write_run(tmp_path, seed=seed, returns=(0, value, 2 * value))
+    write_run(tmp_path, "sac", returns=(0, 60.4, 70.6), updates_per_step=1)
     write_run(tmp_path, "late", returns=(0, 5, 7))
     write_run(tmp_path, "late", seed=2, returns=(0, 6))
-    rows = rows_of(report.tables(report.load(tmp_path)))
-    returns = ["return at 1,000", "return at 2,000"]
-    assert rows[WALKER] == ["seeds", *returns, "model's gradient steps"]
-    name = "{}, 10 updates per step".format
-    assert rows[name("mbpo")] == ["2", "15 [10, 20]", "30 [20, 40]", "515"]
-    assert rows[name("sac")] == ["1", "60 [-]", "70 [-]", ""]
-    assert rows[name("late")] == ["2", "5.5 [5, 6]", "7 [-] (1 of 2 seeds)", ""]
-    shutil.rmtree(folder_of(tmp_path, "mbpo", WALKER, 1))
-    shutil.rmtree(folder_of(tmp_path, "mbpo", WALKER, 2))
-    assert rows_of(report.tables(report.load(tmp_path)))[WALKER] == ["seeds", *returns]
-
-
-def test_published_returns_stand_beside(tmp_path):
-    """At the steps that are shown, with their deviation if they have one."""
-    write_run(tmp_path, returns=[0] * 21)
-    rows = rows_of(report.tables(report.load(tmp_path)))
-    assert rows["SAC, 1 update per step (Nikishin et al. 2022)"] == [
-        "10",
-        "24.3 ± 4.6",
-        "24.6 ± 3.8",
-    ]
-    still = rows["Standing still (a sixth of 1000: dm_control/suite/walker.py)"]
-    assert still == ["", "166.7", "166.7"]
+    rows = rows_of(main("--results", tmp_path)[1])
+    assert rows["mbpo, 10 updates per step"][2:] == ["2", "2000", "30 [20, 40]"]
+    assert rows["sac, 1 update per step"][2:] == ["1", "2000", "71"]
+    assert rows["late, 10 updates per step"][2:] == ["2", "1000", "5.5 [5, 6]"]
 
 
 def test_runs_of_other_versions_are_told_apart(tmp_path, monkeypatch):
     """A run bears its version if its script, or the one it is patched from, has another today."""
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    for script in ("sac", "mbpo_ftfl"):
-        (tmp_path / f"{script}.py").write_text("# one\nVERSION = 2  # of two\n")
-    runs = tmp_path / "runs"
-    write_run(runs, "old")
-    write_run(runs, "new", version=2)
-    write_run(runs, "patched", script="mbpo_ftfl_ridge.py", version=1)
-    write_run(runs, "patched", 2, script="mbpo_ftfl_ridge.py", version=2)
-    titles = {run.replace(", 10 updates per step", "") for run in report.load(runs).run}
+    monkeypatch.setattr(report, "load_script", lambda _: SimpleNamespace(VERSION=2))
+    write_run(tmp_path, "old")
+    write_run(tmp_path, "new", version=2)
+    for version in (1, 2):
+        write_run(tmp_path, "patched", version, script="mbpo_ftfl_ridge.py", version=version)
+    titles = {run.replace(", 10 updates per step", "") for run in report.load(tmp_path).run}
     assert titles == {"old (version 1)", "new", "patched (version 1)", "patched"}
+
+
+@pytest.fixture
+def units(tmp_path):
+    """Runs on the task of the units: SAC goes further, MBPO has two seeds and units."""
+    values = {"sac": 30, "mbpo": 300, "mbpo_unit0.001": 7, "mbpo_unit0.1": 8, "mbpo_beta": 600}
+    values |= {"mbpo_ftfl": 600, "mbpo_ftfl_unit0.001": 9, "raw_direct_unit1": 600}
+    for name, value in values.items():
+        returns = *[0] * 15, value, *[40] * (name == "sac")
+        write_run(tmp_path, name, task=POLE, returns=returns)
+    write_run(tmp_path, "mbpo", 2, POLE, (*[0] * 15, 500))
+    return report.load(tmp_path)
+
+
+def test_summary_and_returns_by_unit(units):
+    """MBPO and FTFL as the model learns 0.001 r, beside the same SAC; all by kind and unit."""
+    rows = rows_of(report.summary(units), 0)
+    assert rows["task"] == ["task", "steps", "seeds", "SAC", "MBPO", "FTFL", "ablation"]
+    assert rows[POLE] == [POLE, "15,000", "2", "30", "400 [300, 500]", "600", ""]
+    name = f"{POLE}, the model's reward times 0.001"
+    assert rows[name] == [name, "15,000", "1", "30", "7", "9", ""]
+    assert POLE not in report.summary(units[units.exp_name.isin(["sac", "mbpo"])])  # without FTFL
+    rows = report.returns_by_unit(units)
+    found = {(*each,) for each in rows[["name", "c", "value"]].fillna("").itertuples(index=False)}
+    expected = {("MBPO", "", 300), ("MBPO", "", 500), ("MBPO", "0.001", 7), ("MBPO", "0.1", 8)}
+    assert found == expected | {("FTFL", "", 600), ("FTFL", "0.001", 9), ("raw s'", "1", 600)}
 
 
 def test_the_readmes_are_current():
@@ -113,89 +111,96 @@ def test_the_readmes_are_current():
     assert main("--check") == (0, "", "")
 
 
-def test_what_is_generated_follows_from_the_files(tmp_path, monkeypatch):
-    """Parts in blocks and in sentences are current once written, and a change is noticed."""
-    results, readme = tmp_path / "benchmarks/results", tmp_path / "README.md"
-    others = shutil.ignore_patterns("*__*")
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=others)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "figures_of", lambda _: {})  # which takes seconds
+def test_what_is_generated_follows_from_the_files(tmp_path):
+    """Parts in blocks and in sentences, which stay as they are the second time."""
     for seed, value in enumerate((81, 90), 7):
-        tag = "model/new_reward_error"
-        write_run(results, "mine", seed, returns=(0, value), scalars=[(250, tag, value / 10**4)])
-    where, end = f"{WALKER} mine 1000", "<!-- /{} -->".format
-    blocks = [f"<!-- {x} -->\n{end(x)}" for x in ("summary", "diff", "diffs", "mechanism/summary")]
-    sentence = f"It is <!-- mean {where} -->{end('mean')} (<!-- seeds {where} -->{end('seeds')})"
-    sentence += f" or <!-- cell {WALKER} mine 250 model/new_reward_error -->{end('cell')}."
-    readme.write_text("\n".join([*blocks, sentence, "<!-- other --> stays", ""]))
-    (tmp_path / "benchmarks/README.md").write_text("<!-- results -->\n<!-- /results -->\n")
-    assert main("--check", "--results", results)[0] == 1
-    assert main("--write", "--results", results) == (0, "", "")
-    assert main("--check", "--results", results) == (0, "", "")
-    text = readme.read_text()
-    assert "It is <!-- mean dmc/walker-run mine 1000 -->86<!-- /mean --> (" in text
-    assert ">81, 90<" in text
+        scalars = [(250, "model/new_reward_error", value / 10**4)]
+        write_run(tmp_path, "mine", seed, returns=(0, value), scalars=scalars)
+    write_run(tmp_path, "other", returns=(1.23, 4567))
+    data = report.load(tmp_path)
+    names = "summary", "diff", "diffs", "mechanism/table", "mechanism/no"
+    blocks = [f"<!-- {name} -->\n<!-- /{name} -->" for name in names]
+    sentence = f"It is <!-- mean {WALKER} mine 1000 --><!-- /mean -->, then <!-- course {WALKER} "
+    sentence += f"other -->?<!-- /course --> or <!-- mean {WALKER} mine 250 model/new_reward_error"
+    blocks += [f"{sentence} --><!-- /mean -->.", "<!-- no --> stays\n"]
+    text = report.filled("\n".join(blocks), data)
+    assert report.filled(text, data) == text
+    assert f"It is <!-- mean {WALKER} mine 1000 -->86 [81, 90]<!-- /mean -->, then <!--" in text
+    assert ">1.2, 4,567<" in text
     assert ">0.0085 [0.0081, 0.009]<" in text
-    assert text.endswith("<!-- other --> stays\n")
-    assert "<!-- diff -->\n```diff\n" in text
-    assert "fit_scaler" in text
-    readme.write_text(text.replace(">86<", ">87<"))
-    assert main("--check", "--results", results)[1] == f"{readme} is out of date: give --write\n"
-    readme.write_text(text.replace("mean dmc/walker-run mine 1000", f"mean {WALKER} mine 1001"))
-    assert "has return at step 1001" in one_error(main("--write", "--results", results)[2])
+    assert text.endswith("<!-- no --> stays\n")
+    measured = (ROOT / "benchmarks/results/mechanism/table.md").read_text()
+    for part in ("<!-- diff -->\n```diff\n", "fit_scaler", "[ridge](diffs/ridge.diff)", measured):
+        assert part in text
+    assert "<!-- mechanism/no -->\nNot measured yet.\n<!--" in text
+    with pytest.raises(report.InputError, match="has return at step 1001"):
+        report.filled(text.replace("mine 1000 -->", "mine 1001 -->"), data)
 
 
 def test_a_folder_of_other_runs_gets_a_report_of_its_own(tmp_path):
-    """Document and figures stand beside the runs, and only figures of data there is."""
-    for experiment in ("one", "two"):
-        write_run(tmp_path, experiment, env_id="Hopper-v5")
-    assert main("--results", tmp_path, "--check")[0] == 1
-    assert main("--results", tmp_path, "--write")[0] == 0
+    """Document and figure stand beside the runs; --check notices a change."""
+    write_run(tmp_path, "one", task="Hopper-v5")
+    assert [main("--results", tmp_path, how)[0] for how in ("--check", "--write")] == [1, 0]
     text = (tmp_path / "report.md").read_text()
-    assert rows_of(text)["one, 10 updates per step"][:3] == ["1", "2 [-]", "3 [-]"]
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["curves.png"]
-    assert "(figures/curves.png)" in text
+    assert rows_of(text)["one, 10 updates per step"][2:] == ["1", "2000", "3"]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["curves.png"]
+    assert "(curves.png)" in text
     assert main("--results", tmp_path, "--check") == (0, "", "")
+    (tmp_path / "report.md").write_text(text.replace("3", "4"))
+    said = f"{tmp_path / 'report.md'} is out of date: give --write\n"
+    assert main("--results", tmp_path, "--check")[:2] == (1, said)
 
 
-def test_a_figure_shows_the_mean_its_interval_and_published_points(tmp_path):
-    """A panel per task and tag, and in it what its caption says."""
-    error = [(10_000, "model/new_change_error", 0.5)]
-    write_run(tmp_path, seed=1, returns=(*[0] * 9, 10, 20), scalars=error)
+def test_curves_show_means_ranges_and_published_points(tmp_path):
+    """A panel per task, and in it what its caption says."""
+    write_run(tmp_path, seed=1, returns=(*[0] * 9, 10, 20))
     write_run(tmp_path, seed=2, returns=(*[0] * 9, 30, 60))
-    write_run(tmp_path, "sac", env_id="Hopper-v5")
-    drawn = report.figures_of(report.load(tmp_path))
-    figure, training = (report.draw(*drawn[name]) for name in ("curves", "training"))
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["Hopper-v5\nmean return", f"{WALKER}\nmean return"]
-    (panel,) = training.axes
-    assert (panel.get_yscale(), [*panel.lines[0].get_ydata()]) == ("log", [0.5])
-    walker = figure.axes[1]
+    write_run(tmp_path, "sac", task="Hopper-v5")
+    figure = report.curves(report.load(tmp_path))
+    _, walker = figure.axes
     assert [*walker.lines[0].get_ydata()] == [*[0] * 9, 20, 40]
     band = walker.collections[0].get_paths()[0].vertices
     assert {(9000, 10), (9000, 30), (10000, 20), (10000, 60)} <= set(map(tuple, band.tolist()))
+    quoted = pd.read_csv(ROOT / "benchmarks/published.csv")
+    quoted = quoted[(quoted.task == WALKER) & (quoted.step <= 10_000) & quoted.seeds.notna()]
     points = [bars.lines[0].get_ydata().tolist() for bars in walker.containers]
-    quoted = [rows for (*_, seeds), rows in report.published(WALKER) if pd.notna(seeds)]
-    assert points == [rows["mean"][rows.step <= 10_000].tolist() for rows in quoted]
+    assert [*chain(*points)] == quoted["mean"].tolist()
     assert [166.7, 166.7] in [list(line.get_ydata()) for line in walker.lines]  # standing still
     names = [text.get_text() for text in figure.legends[0].texts]
     assert {"sac, 10 updates per step", "SAC, 1 update per step\n(Nikishin et al. 2022)"} < {*names}
 
 
-def test_figures_leave_out_single_seeds_beside_several(tmp_path, monkeypatch):
-    """A task that has no others shows them; the first screen never does, nor what ended early."""
-    monkeypatch.setattr(report, "FIRST", {WALKER: 2000, "dmc/quadruped-walk": 2000})
-    for experiment, seed in itertools.product(("mbpo_ftfl", "short"), (1, 2)):
-        write_run(
-            tmp_path, experiment, seed, returns=(1, 2, 3)[: 2 if experiment == "short" else 3]
-        )
-    write_run(tmp_path, "tried")
-    write_run(tmp_path, "one", env_id="dmc/quadruped-walk")
-    drawn = report.figures_of(report.load(tmp_path))
-    names = {name: {run.split(",")[0] for run in x[0].run} for name, x in drawn.items()}
-    assert names == {"curves": {"mbpo_ftfl", "short", "one"}, "first": {"mbpo_ftfl"}}
+def lines_of(axis) -> dict[tuple, tuple]:
+    """The lines of a panel with data: x to y of each, by color."""
+    lines = [x for x in axis.lines if len(x.get_xdata()) > 1]
+    return {x.get_color(): dict(zip(*np.round(x.get_data(), 6), strict=True)) for x in lines}
+
+
+def test_figures_of_units_and_evidence(units, tmp_path, monkeypatch):
+    """Returns and errors stand at Var[s' - s] / Var[c r]; a fit's errors by gradient steps."""
+    for name in ("mechanism", "units"):
+        (tmp_path / name).mkdir()
+    scales = pd.DataFrame({"task": [POLE, WALKER], "residual_over_reward": [2.0, 50.0]})
+    scales.to_csv(tmp_path / "mechanism/scales.csv", index=False)
+    fit = {"data": "random", "schedule": "one fit", "beta": 0.0, "transitions": 5000}
+    fit["set"], names = "actions", ["cell", "updates", "reward"]
+    cells = [("raw s' - s", 100, 0.9), ("raw s' - s", 200, 0.7), ("unit s'", 100, 0.2)]
+    cells = pd.DataFrame([*cells, ("unit s'", 200, 0.1)], columns=names)
+    cells = cells.assign(task=report.FITTED, **fit)
+    pd.concat([cells, cells.assign(set="rows", reward=9.0)]).to_csv(
+        tmp_path / "mechanism/errors.csv"
+    )
+    unit = "build/mbpo_reward_unit --reward-unit "
+    rows = [(f"{unit}1", 100, 9.0), (f"{unit}1", 200, 0.3), (f"{unit}0.1", 200, 0.4)]
+    pd.DataFrame(rows, None, names).assign(task=POLE, **fit).to_csv(tmp_path / "units/errors.csv")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    mbpo, ftfl = report.COLORS["MBPO"], report.COLORS["FTFL"]
+    (axis,) = report.units(units).axes
+    assert lines_of(axis) == {mbpo: {2: 400, 200: 8, 2e6: 7}, ftfl: {2: 600, 2e6: 9}}
+    monkeypatch.setattr(report, "LEARNED", (POLE, POLE))
+    left, right, *_ = report.evidence(units).axes
+    assert lines_of(left) == {mbpo: {2: 0.3, 200: 0.4}}
+    assert lines_of(right) == {mbpo: {100: 0.9, 200: 0.7}, ftfl: {100: 0.2, 200: 0.1}}
 
 
 def test_record_copies_a_run(trained, tmp_path):
@@ -205,75 +210,45 @@ def test_record_copies_a_run(trained, tmp_path):
     for _ in range(2):  # the second time over the first
         code, out, _ = main("--record", *trained.parent.iterdir(), "--results", results)
         assert (code, out) == (0, f"recorded {target}\n")
-    files = "args.json", "eval.csv", "scalars.csv", "checkpoint.pt"
-    assert {path.name for path in target.iterdir()} == {*files}
-    for name in files[:2]:
+    assert len([*target.iterdir()]) == 4
+    for name in ("args.json", "eval.csv"):
         assert (target / name).read_bytes() == (trained / name).read_bytes()
-    rows = pd.read_csv(target / "scalars.csv")
-    assert rows.step.is_monotonic_increasing
-    for tag, events in read_scalars(trained).items():
-        found = rows[rows.tag == tag]
-        expected = [(step, float(f"{value:.6g}")) for step, value in events]
-        assert [*zip(found.step, found.value, strict=True)] == expected
-    assert same(report.read_policy(target), report.read_policy(trained))
-    assert report.read_policy(target)["progress"] == {"step": 80}
+    found, events = pd.read_csv(target / "scalars.csv"), read_scalars(trained)
+    expected = {(x, tag, float(f"{y:.6g}")) for tag, points in events.items() for x, y in points}
+    assert {*found.itertuples(index=False, name=None)} == expected
+    assert found.step.is_monotonic_increasing
+    ours, theirs = read_checkpoint(target), read_checkpoint(trained)
+    assert same(ours["agent"], {"actor": {"params": theirs["agent"]["actor"]["params"]}})
+    assert (ours["settings"], ours["progress"]) == (theirs["settings"], {"step": 80})
     assert main("--results", results)[1] == main("--results", trained.parent)[1]
 
 
-def damaged(trained, tmp_path, file: str, text: str | None):
-    """A copy of a run with another text in a file, or without it."""
+GAMMA = "holds a run with gamma 0.99, not 0.5: remove it"
+DAMAGES = [  # a file, its text if there is any, and what the line must say
+    ("args.json", None, "args.json: No such file"),
+    ("args.json", "{", "args.json: Expecting"),
+    ("args.json", '{"gamma": 0.5, "run_root": "elsewhere"}', GAMMA),
+    ("eval.csv", "step,mean\n", "eval.csv: no evaluation yet"),
+    ("scalars.csv", "step,tag\n0,a\n", "scalars.csv: "),
+    ("checkpoint.pt", "", "checkpoint.pt can't be read"),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "said"), DAMAGES)
+def test_record_refuses_what_is_no_run_or_another_one(trained, tmp_path, file, text, said):
+    """One line says why, and nothing is recorded, not even the good run before it."""
     folder = shutil.copytree(trained, tmp_path / "damaged" / trained.name)
     (folder / file).unlink() if text is None else (folder / file).write_text(text)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "said"),
-    [
-        ("args.json", None, "args.json: No such file"),
-        ("args.json", "{", "args.json: Expecting"),
-        ("eval.csv", "step,mean\n", "eval.csv: no evaluation yet"),
-        ("scalars.csv", "step,tag\n0,a\n", "scalars.csv: "),
-        ("checkpoint.pt", "", "checkpoint.pt is damaged"),
-    ],
-)
-def test_record_refuses_what_is_no_run(trained, tmp_path, file, text, said):
-    """One line says why, and nothing is recorded, not even the good run before it."""
-    folder, results = damaged(trained, tmp_path, file, text), tmp_path / "results"
-    code, out, err = main("--record", trained, folder, "--results", results)
-    assert (code, out) == (2, "")
-    assert said in one_error(err)
-    assert str(folder) in err
-    assert not results.exists()
-
-
-def test_record_refuses_other_settings_and_folders(trained, tmp_path):
-    """A recorded run is replaced by one of the same settings only; a folder must be a run's own."""
-    results = tmp_path / "results"
+    good, results = shutil.copytree(trained, tmp_path / "good"), tmp_path / "results"
     main("--record", trained, "--results", results)
-    before = listing(results)
-    settings = json.loads((trained / "args.json").read_text())
-    other = json.dumps(settings | {"gamma": 0.5, "run_root": "elsewhere"})
-    for folder, said in [
-        (damaged(trained, tmp_path, "args.json", other), "gamma 0.99, not 0.5: remove it"),
-        (results / trained.name, "holds no TensorBoard events"),
-        (tmp_path / "nothing", "args.json: No such file"),
-    ]:
-        assert said in one_error(main("--record", folder, "--results", results)[2])
-        assert listing(results) == before
+    words = "--record", good, folder, "--results", results
+    assert said in refusal(tmp_path, report.report, report.Options, *words)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--results {tmp}/none --write", "holds no runs"),
-        ("--write --check", "give one of"),
-        ("--frobnicate", "--frobnicate"),
-    ],
+    ("words", "said"), [("--write", "holds no runs"), ("--write --check", "give one of")]
 )
 def test_bad_input_is_one_line(tmp_path, words, said):
     """It ends with exit code 2 and harms nothing."""
-    code, out, err = main(*words.format(tmp=tmp_path).split())
-    assert (code, out) == (2, "")
-    assert said in one_error(err)
-    assert not listing(tmp_path)
+    words = "--results", tmp_path, *words.split()
+    assert said in refusal(tmp_path, report.report, report.Options, *words)

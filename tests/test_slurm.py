@@ -10,7 +10,7 @@ import pytest
 import sweep
 from helpers_run import one_error
 from helpers_tools import assert_equal_runs
-from test_sweep import block, grid, run_sweep
+from test_sweep import block, grid, run_sweep, wait_for
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("slurmctld") or os.geteuid() != 0, reason="needs SLURM, and to be root"
@@ -67,14 +67,6 @@ def ask(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def wait_for(condition, seconds: float) -> None:
-    """Returns as soon as the condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.3)
-
-
 def test_a_grid_on_slurm(cluster, tmp_path):
     """A job that is killed and queued again ends as a run here does; a failure shows there."""
     blocks = [block("sac", total_timesteps=400), block("sac", buffer_size=10**12)]
@@ -86,7 +78,7 @@ def test_a_grid_on_slurm(cluster, tmp_path):
     assert code == 0, err
     assert out == "Submitted batch job 1, 2 runs; the same command later skips what is done\n"
     runs = sweep.read_grid(sweep.Options(file))
-    log = runs[0].log
+    log = runs[0].folder.with_name(f"{runs[0].folder.name}.log")
     wait_for(lambda: log.exists() and "step     120 " in log.read_text(), 300)
     assert ask("scontrol", "requeue", "1_0") == ""
     wait_for(lambda: "PENDING" in ask("scontrol", "show", "job", "1_0"), 60)

@@ -1,14 +1,17 @@
 """benchmarks/throughput.py: what a call does, who is measured, contenders that fail."""
 
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
 import throughput
-from helpers_run import one_error
-from helpers_tools import call
+from helpers_tools import call, refusal
 
 import mbpo_ftfl
+
+TOOL = throughput.measure, throughput.Options
 
 
 @pytest.mark.parametrize("kind", throughput.KINDS)
@@ -25,57 +28,60 @@ def test_a_call_does_as_much_as_is_counted(kind, monkeypatch):
 
     monkeypatch.setattr(mbpo_ftfl, "compiled_update", compiled)
     monkeypatch.setattr(mbpo_ftfl, "rollout", rollout)
-    _, amount, once = throughput.ours("ours, exact", kind, "cpu")
+    amount, once = throughput.ours("ours, exact", kind, "cpu")
     calls.clear()
     once()
     assert calls == {{"sac": "sac_update", "model": "model_update"}.get(kind, kind): amount}
 
 
-def test_who_is_measured():
-    """Ours first, exact and fast, then the peers that can do it."""
-    options = throughput.Options(only=("sac", "model"), peers=("sbx", "mbrl-lib"))
-    ours = ["ours, exact", "ours, fast"]
-    expected = [(who, "sac") for who in [*ours, "sbx", "mbrl-lib"]]
-    assert throughput.plan(options) == expected + [(who, "model") for who in [*ours, "mbrl-lib"]]
+def test_who_is_measured_and_what_is_written(tmp_path, monkeypatch):
+    """In every round all who can have a turn; one that fails is a line that says why."""
 
+    def turn(who: str, *_) -> dict:
+        if who == "mbrl-lib":
+            raise ImportError("no such library\nat all")
+        return {"version": "1.2", "rate": next(rates), "error": ""}
 
-def test_contenders_are_processes_that_may_fail(tmp_path, monkeypatch):
-    """All have a turn in every round; one without its library is a line that says so."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import sys, time\nsys.path.append({throughput.__file__.rpartition('/')[0]!r})\n"
-        "import throughput\n"
-        "throughput.stable = lambda *turn: ('pytest', 5, lambda: time.sleep(0.01))\n"
-        "def absent(*turn): raise ImportError('no such library')\n"
-        "throughput.mbrl_lib = absent\nthroughput.contend(*throughput.json.loads(sys.argv[2]))\n"
-    )
-    turns = [("sbx", "sac"), ("mbrl-lib", "sac")]
-    monkeypatch.setattr(throughput, "plan", lambda _: turns)
-    monkeypatch.setattr(throughput, "__file__", str(program))
+    rates = iter([5, 1, 1, 1, 1, 700, 1, 1, 1, 1, 60, 1, 1, 1, 1])
+    monkeypatch.setattr(throughput, "take_turn", turn)
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["--rounds", "2", "--seconds", "0.1", "--threads", "1", "--device", "cpu"]
-    code, out, err = call(throughput.measure, throughput.Options, *words, "--out", tmp_path)
+    words = "--rounds 3 --only sac model --peers sbx mbrl-lib --device cpu --out"
+    code, out, err = call(*TOOL, *words.split(), tmp_path)
     assert code == 0, err
-    assert (tmp_path / "cpu.md").read_text() in out
     frame = pd.read_csv(tmp_path / "cpu.csv")
-    assert [*frame["round"]] == [0, 0, 1, 1]
-    assert frame.rate[::2].between(50, 500).all()
-    assert {*frame.error[1::2]} == {"ImportError: no such library"}
-    assert frame.rate[1::2].isna().all()
-    assert f" {frame.rate[::2].max():.0f}" in out  # the largest of the rounds
+    who = ["ours, exact", "ours, fast", "sbx", "mbrl-lib", "ours, exact", "ours, fast", "mbrl-lib"]
+    assert [*frame.who] == 3 * who
+    assert [*frame.kind] == 3 * (4 * ["sac"] + 3 * ["model"])
+    absent = frame.who == "mbrl-lib"
+    assert {*frame.error[absent]} == {"ImportError: no such library"}
+    row = next(line for line in out.splitlines() if line.startswith("| SAC updates"))
+    assert [word.strip() for word in row.split("|")][3:7] == ["1.2", "60", "5", "700"]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--only", "speed"], "speed"),
-        (["--out", "/dev/null/x"], "Not a directory"),
-        (["--rounds", "0"], "--rounds"),
-    ],
-)
-def test_bad_input_is_one_line(words, said, monkeypatch):
+def end_or_tell(who: str, *_) -> dict:
+    """A turn that tells which process it has, or one that ends it."""
+    return (
+        {"version": "1", "rate": os.getpid(), "error": ""} if who == "ours, exact" else os._exit(3)
+    )
+
+
+def test_a_turn_is_a_process_that_may_die(tmp_path, monkeypatch):
+    """It is another one than this, with the threads that were asked for; the next has its own."""
+    monkeypatch.setattr(throughput, "take_turn", end_or_tell)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = "--rounds 1 --only rollout --threads 2 --device cpu --peers --out"
+    code, _, err = call(*TOOL, *words.split(), tmp_path)
+    assert code == 0, err
+    first, second = pd.read_csv(tmp_path / "cpu.csv").astype(object).fillna("").itertuples()
+    assert first.rate not in ("", os.getpid())
+    assert (second.rate, second.error.split(":")[0]) == ("", "BrokenProcessPool")
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(("words", "said"), [("--only speed", "speed"), ("--rounds 0", "--rounds")])
+def test_bad_input_is_one_line(words, said, tmp_path, monkeypatch):
     """Exit code 2, and a line that says what is wrong, before anything is started."""
-    monkeypatch.setattr(throughput.subprocess, "run", lambda *_: pytest.fail("it was started"))
-    code, _, err = call(throughput.measure, throughput.Options, *words)
-    assert code == 2
-    assert said in one_error(err)
+    monkeypatch.setattr(throughput, "ProcessPoolExecutor", lambda *_: pytest.fail("it was started"))
+    words = [*words.split(), "--out", tmp_path / "out"]
+    assert said in refusal(tmp_path, *TOOL, *words)
