@@ -73,7 +73,7 @@ class Options:
     every: int = 1000  # with --later: new transitions between fits
     at: tuple[int, ...] = (5000, 10_000, 20_000)  # with --later: transitions to measure at
     dimensions: bool = False  # write each dimension's share, too: OUT/dimensions.csv
-    shown: tuple[int, ...] = (1000, 4000, 10_000)  # gradient steps of one fit to show there
+    shown: tuple[int, ...] = (4000, 10_000)  # gradient steps of one fit to show there
     jobs: int = 2  # fits at a time, one process with one thread each
     compile: bool = True  # compile the update with torch.compile
     out: Path = RESULTS / "mechanism"  # folder of the results

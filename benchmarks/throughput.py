@@ -164,7 +164,8 @@ def measure(options: Options) -> None:
         raise InputError("--rounds and --threads must be at least 1, --seconds 0 or more")
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else cpu
     title = f"**{device}, threads: {options.threads}, torch {torch.__version__}**"
     names = [(who, CONTENDERS[who][2]) for who in (*OURS, *options.peers)]
     turns = [(who, kind) for kind in options.only for who, kinds in names if kind in kinds]
