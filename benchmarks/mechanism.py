@@ -73,7 +73,7 @@ class Options:
     every: int = 1000  # with --later: new transitions between fits
     at: tuple[int, ...] = (5000, 10_000, 20_000)  # with --later: transitions to measure at
     dimensions: bool = False  # write each dimension's share, too: OUT/dimensions.csv
-    shown: tuple[int, ...] = (4000, 10_000)  # gradient steps of one fit to show there
+    shown: tuple[int, ...] = ()  # gradient steps to show in the table; by default all
     jobs: int = 2  # fits at a time, one process with one thread each
     compile: bool = True  # compile the update with torch.compile
     out: Path = RESULTS / "mechanism"  # folder of the results
@@ -199,11 +199,11 @@ def fit(key: tuple, run: Path | None, options: Options) -> dict:
 def present(errors: pd.DataFrame, options: Options) -> None:
     """Tables of reward / change, of tasks that a budget serves, and curves; means over seeds."""
     shown = errors[errors.set == "actions"]
-    rows = [name for name in [*FIT[:4], *PLACE[:2]] if name == "task" or shown[name].nunique() > 1]
+    rows = ["task", *(x for x in [*FIT[1:4], PLACE[0]] if shown[x].nunique() > 1), "updates"]
     cell = shown.cell + np.where(shown.beta > 0, ", beta " + shown.beta.astype(str), "")
     mean = shown.groupby([*rows, cell])[["reward", "change"]].mean()
     words = mean.map("{:.3g}".format)
-    words = words[words.index.isin(options.shown, "updates")] if options.later is None else words
+    words = words[words.index.isin(options.shown, "updates")] if options.shown else words
     best = mean.groupby([name for name in mean.index.names if name != "updates"]).transform("min")
     good = ((mean <= 1.25 * best) | best.isna()).all(axis=1).groupby(["cell", "updates"])
     table = (words.reward + " / " + words.change).unstack().fillna("")

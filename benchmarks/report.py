@@ -42,7 +42,7 @@ KIND_OF = {  # columns of the README's table, lines of its figure: of experiment
     "raw_direct": "raw s'",
 }
 COLORS = dict(zip(dict.fromkeys(KIND_OF.values()), plt.cm.tab10.colors, strict=False))
-COLUMNS = [*COLORS][:4]  # of the README's table
+COLUMNS = ["SAC", "MBPO", "FTFL", "ablation", "FTFL, beta"]  # of the README's table
 FITTED, LEARNED = "dmc/humanoid-stand", ("dmc/finger-spin", "dmc/walker-run")  # in its figure
 UNITS_TASK, UNIT = "dmc/cartpole-swingup", "0.001"  # where the model's reward has other units
 NAME = r"(?:build/)?(?P<name>.+?)(?:(?:_reward)?_unit(?: .* )?(?P<c>[\d.]+))?$"  # also of a cell
@@ -148,7 +148,7 @@ def by_kind(rows: pd.DataFrame, column: str = "exp_name") -> pd.DataFrame:
 def summary(data: pd.DataFrame) -> str:
     """A row per task with both MBPO and FTFL: returns where the shortest of these runs end."""
     rows, lines = by_kind(data[data.tag == "return"]), []
-    other = rows[(rows.task == UNITS_TASK) & ((rows.c == UNIT) | (rows.name == "SAC"))]
+    other = rows[(rows.task == UNITS_TASK) & (rows.c == UNIT)]
     other = other.assign(task=f"{UNITS_TASK}, the model's reward times {UNIT}")
     rows = pd.concat([rows[rows.c.isna()], other])
     for task, group in rows[rows.name.isin(COLUMNS)].groupby("task", sort=False):
@@ -198,7 +198,7 @@ def draw_units(axis: plt.Axes, points: pd.DataFrame, what: str, scale: str) -> N
     scales = pd.read_csv(RESULTS / "mechanism/scales.csv", index_col="task").residual_over_reward
     points = points.assign(x=scales[UNITS_TASK] / points.c.fillna("1").astype(float) ** 2)
     draw(axis, points, "x", f"{UNITS_TASK}\n{what}", COLORS)
-    axis.set(xscale="log", yscale=scale, xlabel="variance of s' - s / variance of c r")
+    axis.set(xscale="log", yscale=scale, xlabel="variance of s' - s / variance of the reward")
     top = axis.secondary_xaxis("top")
     top.set_xticks(scales, scales.index.str.removeprefix("dmc/"), rotation=90, fontsize="x-small")
     top.tick_params(which="minor", top=False)
@@ -230,7 +230,7 @@ def evidence(data: pd.DataFrame) -> plt.Figure:
     """The README's figure: the reward's error by unit and in a fit, and returns on two tasks."""
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     last = errors_of("units").query("updates == updates.max()")
-    draw_units(axes[0, 0], last, "error of c r after a fit / variance of c r", "log")
+    draw_units(axes[0, 0], last, "error of the model's reward / its variance", "log")
     errors = errors_of("mechanism").query("task == @FITTED")
     draw(axes[0, 1], errors, "updates", f"{FITTED}\nerror of r / variance of r", COLORS)
     axes[0, 1].set(xscale="log", yscale="log", xlabel="gradient steps of a fit")
