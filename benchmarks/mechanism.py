@@ -4,11 +4,11 @@
     python benchmarks/mechanism.py --later 500      and later fits, while the data grow
     python benchmarks/mechanism.py scales           of s' - s, r and s, on fifteen tasks: scales.csv
 
-A rollout starts at a state s of the replay buffer and takes a new action a. Its error can be
-measured exactly: set the simulator to s, take a, and compare. The data are N transitions by a
-uniform random policy, or by a run's own (--checkpoints). An ensemble of E members learns from them
-by the scripts' own functions. Errors are measured on rows, which the fit holds out at random; on
-actions: the states of 2 in 5 rows, each with a new action; and on 5,000 rows of other episodes.
+A rollout starts at a state s of the replay buffer and takes a new action a. Its error is measured
+exactly: set the simulator to s, take a, compare. Data: N transitions by a uniform random policy, or
+by a run's own (--checkpoints). An ensemble of E members learns from them by the scripts' functions.
+Errors are measured on `rows`, which the fit holds out at random; on `actions`, the states of 2 in 5
+rows, each with a new action; and on `episodes`, 5,000 rows of other episodes.
 
 Member e predicts y = [s', r] with mean mu_e and deviation sigma_e; v are the variances of s' - s
 and r over the data. With means E over members and transitions, and then over dimensions i, without
@@ -19,9 +19,8 @@ those in which s' - s never varies (if r never does, the reward's error is nan):
     mean_change   E[(mu_e - s')_i^2] / v_i                          of means; rollouts take samples
     nll           E[(mu_e - y)_i^2 / sigma_e,i^2 + log(sigma_e,i^2 / v_i)]
 
-A task is refused if an action, taken again from the same simulator state, leads elsewhere. A cell
-is a name in CELLS, or a command line: --cells "mbpo_ftfl --model-lr 3e-4" build/mine. Fits are kept
-in OUT/errors.csv and not made again; table.md, rule.md and errors.png beside it show all of them.
+A task is refused if an action, taken again from its simulator state, leads elsewhere. A cell may be
+a command line: --cells "mbpo_ftfl --model-lr 3e-4". Fits are kept in OUT/errors.csv.
 """
 
 import shlex

@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py --only sac --peers sbx    SAC updates, beside sbx alone
 
-Every turn is a process of its own. In every round all have one, so that whatever else the machine
-does hits all alike. A peer that is not installed, or fails, is a line in the table that says why.
+Every turn is a process of its own, on as many cores as threads. In every round all have one. A peer
+that is not installed, or fails, is a line in the table that says why.
 """
 
 import os
@@ -139,6 +139,8 @@ OURS, PEERS = tuple(CONTENDERS)[:2], tuple(CONTENDERS)[2:]
 
 def take_turn(who: str, kind: str, device: str, seconds: float) -> dict:
     """Makes ready, measures for so many seconds, and returns version and rate."""
+    if hasattr(os, "sched_setaffinity"):  # JAX asks for it
+        os.sched_setaffinity(0, range(torch.get_num_threads()))
     make, package, _ = CONTENDERS[who]
     amount, once = make(who, kind, device)
     once()

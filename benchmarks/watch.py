@@ -4,8 +4,7 @@
     python benchmarks/watch.py RUN RUN RUN --film film.gif
 
 A RUN holds checkpoint.pt. Without --seed its episodes are the first that training evaluates at the
-step that was saved. The film shows the first episode of every run, ten frames a second of the
-task's own time, as an animated .gif, .webp or .png of at most 2 MB.
+step that was saved. The film shows the first, as an animated .gif, .webp or .png of at most 2 MB.
 """
 
 import io

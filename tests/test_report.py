@@ -95,7 +95,7 @@ def units(tmp_path):
 def test_summary_and_returns_by_unit(units):
     """MBPO and FTFL as the model learns 0.001 r; all by kind and unit."""
     rows = rows_of(report.summary(units), 0)
-    assert rows["task"] == ["task", "steps", "seeds", "SAC", "MBPO", "FTFL", "ablation", "FTFL, beta"]
+    assert rows["task"] == ["task", "steps", "seeds", *report.COLUMNS]
     assert rows[POLE] == [POLE, "15,000", "2", "30", "400 [300, 500]", "600", "", ""]
     name = f"{POLE}, the model's reward times 0.001"
     assert rows[name] == [name, "15,000", "1", "", "7", "9", "", ""]
