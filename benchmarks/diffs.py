@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pandas as pd
-import tyro
-from common import ROOT
+from common import ROOT, run_tool
 
 DIFFS = sorted((ROOT / "benchmarks/diffs").glob("*.diff"))
 SCRIPTS = ("sac", "mbpo", "mbpo_ftfl", "mbpo_residual_ablation")
@@ -57,4 +56,4 @@ def write(out: Path = ROOT / "build") -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(write, description=__doc__)
+    run_tool(lambda _: None, write, __doc__)  # tyro calls write
