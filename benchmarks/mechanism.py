@@ -143,7 +143,7 @@ def plan(options: Options) -> tuple[str, list, dict]:
 
 
 def measure(model: dict, batch, data, script, args) -> pd.DataFrame:
-    """By dimension [S + 1] error, spread and nll on a batch, in units of all data's v."""
+    """By dimension [S + 1] error, spread, nll on a batch, in units of all data's v; data's rho."""
     y, known = (torch.cat([b.next_obs - b.obs, b.reward[:, None]], -1) for b in (batch, data))
     v = known.double().var(0, correction=0)
     v = v.where(v > 1e-24, torch.nan)
@@ -152,7 +152,8 @@ def measure(model: dict, batch, data, script, args) -> pd.DataFrame:
     error, spread = (mean - y) ** 2, std**2  # [E, B, S + 1]
     parts = {"error": error / v, "spread": spread / v}
     parts["nll"] = error / spread + parts["spread"].log()
-    return pd.DataFrame({name: part.mean((0, 1)) for name, part in parts.items()})
+    rho = pd.DataFrame(data.obs.numpy()).corrwith(pd.DataFrame(data.next_obs.numpy()))
+    return pd.DataFrame({name: part.mean((0, 1)) for name, part in parts.items()}).assign(rho=rho)
 
 
 def fit(key: tuple, run: Path | None, options: Options) -> dict:
@@ -188,7 +189,8 @@ def fit(key: tuple, run: Path | None, options: Options) -> dict:
             now = model | {"learner": {"params": params}, "elites": everyone}
             row = dict(zip([*FIT, *PLACE], [*key, n, done, name], strict=True))
             each = measure(now, unpack(part), data, script, args)
-            dimensions.append(pd.DataFrame({**row, "dimension": names, **each}).dropna())
+            shares = pd.DataFrame({**row, "dimension": names, **each})
+            dimensions.append(shares.dropna(subset="error"))
             row |= {"reward": each.error.iloc[-1], "change": (each.error + each.spread)[:-1].mean()}
             errors.append(row | {"mean_change": each.error[:-1].mean(), "nll": each.nll.mean()})
         snapshots.clear()

@@ -93,6 +93,8 @@ def test_the_formulas_by_loops():
     for name, expected in {"error": error, "spread": spread, "nll": nll}.items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-5)
         assert np.isnan(expected).tolist() == [False, True, False, False]
+    rho = [np.corrcoef(data.obs[:, i], data.next_obs[:, i])[0, 1] for i in range(3)]
+    np.testing.assert_allclose(found["rho"], [*rho, np.nan], rtol=1e-5)
 
 
 @pytest.mark.parametrize("updates", [1, 3])
