@@ -29,21 +29,15 @@ def origin(name: str) -> str | None:
     return made.get(name)
 
 
-def changed_lines(diff: Path) -> int:
-    """Lines that a diff adds or takes away."""
-    _, _, hunks = diff.read_text().partition("\n@@")  # after the names of the files
-    return sum(line[:1] in ("+", "-") for line in hunks.splitlines())
-
-
 def table() -> str:
-    """Name, what it does, source, changed lines and scripts of every diff, in Markdown."""
+    """Name, what it does, source and scripts of every diff, in Markdown."""
     rows = []
     for diff in DIFFS:
         what, source, *_ = (line.partition(": ")[2] for line in diff.read_text().splitlines())
         count = sum(patched(script, diff) is not None for script in SCRIPTS)
         names = {4: "all four", 3: "the three with a model"}[count]
-        rows.append([f"[{diff.stem}](diffs/{diff.name})", what, source, changed_lines(diff), names])
-    columns = ["diff", "what it changes", "source", "changed lines", "applies to"]
+        rows.append([f"[{diff.stem}](diffs/{diff.name})", what, source, names])
+    columns = ["diff", "what it changes", "source", "applies to"]
     return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
 
 

@@ -44,7 +44,7 @@ KIND_OF = {  # columns of the README's table, lines of its figure: of experiment
 COLORS = dict(zip(dict.fromkeys(KIND_OF.values()), plt.cm.tab10.colors, strict=False))
 COLUMNS = ["SAC", "MBPO", "FTFL", "ablation", "FTFL, beta"]  # of the README's table
 FITTED, LEARNED = "dmc/humanoid-stand", ("dmc/finger-spin", "dmc/walker-run")  # in its figure
-UNITS_TASK, UNIT = "dmc/cartpole-swingup", "0.001"  # where the model's reward has other units
+UNITS_TASK = "dmc/cartpole-swingup"  # where the model's reward has other units
 NAME = r"(?:build/)?(?P<name>.+?)(?:(?:_reward)?_unit(?: .* )?(?P<c>[\d.]+))?$"  # also of a cell
 READMES = ROOT / "README.md", ROOT / "benchmarks/README.md"
 
@@ -148,10 +148,7 @@ def by_kind(rows: pd.DataFrame, column: str = "exp_name") -> pd.DataFrame:
 def summary(data: pd.DataFrame) -> str:
     """A row per task with both MBPO and FTFL: returns where the shortest of these runs end."""
     rows, lines = by_kind(data[data.tag == "return"]), []
-    other = rows[(rows.task == UNITS_TASK) & (rows.c == UNIT)]
-    other = other.assign(task=f"{UNITS_TASK}, the model's reward times {UNIT}")
-    rows = pd.concat([rows[rows.c.isna()], other])
-    for task, group in rows[rows.name.isin(COLUMNS)].groupby("task", sort=False):
+    for task, group in rows[rows.name.isin(COLUMNS) & rows.c.isna()].groupby("task", sort=False):
         kinds = group.groupby("name")
         if {"MBPO", "FTFL"} <= {*kinds.groups}:
             step = kinds.length.max().min()
@@ -204,12 +201,6 @@ def draw_units(axis: plt.Axes, points: pd.DataFrame, what: str, scale: str) -> N
     top.tick_params(which="minor", top=False)
 
 
-def returns_by_unit(data: pd.DataFrame) -> pd.DataFrame:
-    """Each run's return at 15,000 steps, by kind and unit."""
-    rows = data[(data.task == UNITS_TASK) & (data.tag == "return") & (data.step == 15_000)]
-    return by_kind(rows).query("name != 'SAC'")
-
-
 def errors_of(folder: str) -> pd.DataFrame:
     """Of one fit to 5,000 random transitions, the reward's errors at new actions, by kind."""
     one = "schedule == 'one fit' and transitions == 5000 and data == 'random' and set == 'actions'"
@@ -239,10 +230,31 @@ def evidence(data: pd.DataFrame) -> plt.Figure:
     return with_legend(figure)
 
 
-def units(data: pd.DataFrame) -> plt.Figure:
-    """What the unit of the reward does to the return."""
-    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    draw_units(axis, returns_by_unit(data), "return at 15,000 steps", "linear")
+def shares() -> pd.DataFrame:
+    """Of each dimension of s' y, its error by FTFL / by the ablation, and x, 2 (1 - rho)."""
+    rows = pd.read_csv(RESULTS / "representation/dimensions.csv").query("set == 'actions'")
+    rows = rows.eval("value = error + spread").dropna(subset="rho")
+    points = rows.pivot_table("value", ["task", "dimension", "rho"], "cell").reset_index()
+    return points.assign(x=2 - 2 * points.rho, y=points["unit s'"] / points["unit s' - s"])
+
+
+def by_rho(_) -> str:
+    """How the dimensions of s' with a like rho fare, as a Markdown table."""
+    points = shares()
+    bands = points.groupby(pd.cut(points.x.rename("2 (1 - rho)"), [0, 0.01, 0.1, 1, 4]))
+    table = bands.y.describe()[["count", "25%", "50%", "75%"]].astype({"count": int})
+    return markdown(table.reset_index().rename(columns={"count": "dimensions", "50%": "median"}))
+
+
+def repairs(data: pd.DataFrame) -> plt.Figure:
+    """What the unit of the reward does to the return, and each dimension's rho to the error."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
+    rows = by_kind(data.query("task == @UNITS_TASK and tag == 'return' and step == 15_000"))
+    draw_units(axes[0], rows.query("name != 'SAC'"), "return at 15,000 steps", "linear")
+    points = shares()
+    sns.scatterplot(points, x="x", y="y", hue="task", style="task", ax=axes[1]).legend_.remove()
+    axes[1].axhline(1, lw=0.7)
+    axes[1].set(xscale="log", yscale="log", xlabel="2 (1 - rho)", ylabel="error: FTFL / ablation")
     return with_legend(figure)
 
 
@@ -273,7 +285,7 @@ def diff_text(_) -> str:
 def filled(text: str, data: pd.DataFrame) -> str:
     """A README with what stands between <!-- name words --> and <!-- /name --> made anew."""
     parts = {"summary": summary, "mean": means, "course": means, "diff": diff_text}
-    parts["diffs"] = lambda _: diffs.table()
+    parts |= {"diffs": lambda _: diffs.table(), "rho": by_rho}
 
     def part(found: re.Match) -> str:
         begin, name, words, old, end = found.groups()
@@ -304,7 +316,7 @@ def report(options: Options) -> None:
         sys.exit(1 if old else 0)
     for path, text in texts.items():
         path.write_text(text)
-    for figure in [curves, evidence, units] if own else [curves]:
+    for figure in [curves, evidence, repairs] if own else [curves]:
         file = options.results / f"{figure.__name__}.png"
         figure(data).savefig(file, metadata={"Software": None})
 

@@ -92,18 +92,12 @@ def units(tmp_path):
     return report.load(tmp_path)
 
 
-def test_summary_and_returns_by_unit(units):
-    """MBPO and FTFL as the model learns 0.001 r; all by kind and unit."""
+def test_summary(units):
+    """Where the shorter of MBPO and FTFL ends, in the reward's own unit."""
     rows = rows_of(report.summary(units), 0)
     assert rows["task"] == ["task", "steps", "seeds", *report.COLUMNS]
     assert rows[POLE] == [POLE, "15,000", "2", "30", "400 [300, 500]", "600", "", ""]
-    name = f"{POLE}, the model's reward times 0.001"
-    assert rows[name] == [name, "15,000", "1", "", "7", "9", "", ""]
     assert POLE not in report.summary(units[units.exp_name.isin(["sac", "mbpo"])])  # without FTFL
-    rows = report.returns_by_unit(units)
-    found = {(*each,) for each in rows[["name", "c", "value"]].fillna("").itertuples(index=False)}
-    expected = {("MBPO", "", 300), ("MBPO", "", 500), ("MBPO", "0.001", 7), ("MBPO", "0.1", 8)}
-    assert found == expected | {("FTFL", "", 600), ("FTFL", "0.001", 9), ("raw s'", "1", 600)}
 
 
 def test_the_readmes_are_current():
@@ -176,9 +170,9 @@ def lines_of(axis) -> dict[tuple, tuple]:
     return {x.get_color(): dict(zip(*np.round(x.get_data(), 6), strict=True)) for x in lines}
 
 
-def test_figures_of_units_and_evidence(units, tmp_path, monkeypatch):
-    """Returns and errors stand at Var[s' - s] / Var[c r]; a fit's errors by gradient steps."""
-    for name in ("mechanism", "units"):
+def test_figures_of_repairs_and_evidence(units, tmp_path, monkeypatch):
+    """Returns and errors stand at Var[s' - s] / Var[c r], s' at 2 (1 - rho); a fit's by steps."""
+    for name in ("mechanism", "units", "representation"):
         (tmp_path / name).mkdir()
     scales = pd.DataFrame({"task": [POLE, WALKER], "residual_over_reward": [2.0, 50.0]})
     scales.to_csv(tmp_path / "mechanism/scales.csv", index=False)
@@ -187,16 +181,21 @@ def test_figures_of_units_and_evidence(units, tmp_path, monkeypatch):
     cells = [("raw s' - s", 100, 0.9), ("raw s' - s", 200, 0.7), ("unit s'", 100, 0.2)]
     cells = pd.DataFrame([*cells, ("unit s'", 200, 0.1)], columns=names)
     cells = cells.assign(task=report.FITTED, **fit)
-    pd.concat([cells, cells.assign(set="rows", reward=9.0)]).to_csv(
-        tmp_path / "mechanism/errors.csv"
-    )
+    cells = pd.concat([cells, cells.assign(set="rows", reward=9.0)])
+    cells.to_csv(tmp_path / "mechanism/errors.csv")
     unit = "build/mbpo_reward_unit --reward-unit "
     rows = [(f"{unit}1", 100, 9.0), (f"{unit}1", 200, 0.3), (f"{unit}0.1", 200, 0.4)]
     pd.DataFrame(rows, None, names).assign(task=POLE, **fit).to_csv(tmp_path / "units/errors.csv")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     mbpo, ftfl = report.COLORS["MBPO"], report.COLORS["FTFL"]
-    (axis,) = report.units(units).axes
+    rows = [("unit s'", "actions", 3, 0.9), ("unit s' - s", "actions", 1, 0.9)]
+    rows += [("unit s'", "rows", 9, 0.9), ("unit s'", "actions", 9, np.nan)]
+    shares = pd.DataFrame(rows, None, ["cell", "set", "error", "rho"])
+    shares = shares.assign(task=POLE, dimension="s", spread=1)
+    shares.to_csv(tmp_path / "representation/dimensions.csv")
+    axis, right = report.repairs(units).axes
     assert lines_of(axis) == {mbpo: {2: 400, 200: 8, 2e6: 7}, ftfl: {2: 600, 2e6: 9}}
+    assert right.collections[0].get_offsets().tolist() == [[pytest.approx(0.2), 2]]
     monkeypatch.setattr(report, "LEARNED", (POLE, POLE))
     left, right, *_ = report.evidence(units).axes
     assert lines_of(left) == {mbpo: {2: 0.3, 200: 0.4}}
