@@ -159,10 +159,14 @@ def summary(data: pd.DataFrame) -> str:
 
 
 def means(data: pd.DataFrame, task: str, name: str, step: str = "", tag: str = "return") -> str:
-    """A tag of an experiment's runs at a step, or one after the other at all; for a sentence."""
+    """A tag of an experiment's runs at a step, or its median over steps M-N, or its course."""
     rows = data[(data.task == task) & (data.exp_name == name) & (data.tag == tag)]
-    if (rows := rows[rows.step == int(step)] if step else rows).empty:
+    first, _, last = step.partition("-")
+    rows = rows[rows.step.between(int(first), int(last or first))] if step else rows
+    if rows.empty:
         raise InputError(f"no recorded run of {name} on {task} has {tag} at step {step or 0}")
+    if step:
+        return cell(rows.groupby("seed").value.median())
     return ", ".join(rows.groupby("step").value.agg(cell))
 
 

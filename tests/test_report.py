@@ -108,15 +108,17 @@ def test_the_readmes_are_current():
 def test_what_is_generated_follows_from_the_files(tmp_path):
     """Parts in blocks and in sentences, which stay as they are the second time."""
     for seed, value in enumerate((81, 90), 7):
-        scalars = [(250, "model/new_reward_error", value / 10**4)]
+        parts = (250, value / 10**4), (500, 9), (750, 0), (800, 9)
+        scalars = [(step, "model/new_reward_error", part) for step, part in parts]
         write_run(tmp_path, "mine", seed, returns=(0, value), scalars=scalars)
     write_run(tmp_path, "other", returns=(1.23, 4567))
     data = report.load(tmp_path)
     names = "summary", "diff", "diffs", "mechanism/table", "mechanism/no"
     blocks = [f"<!-- {name} -->\n<!-- /{name} -->" for name in names]
     sentence = f"It is <!-- mean {WALKER} mine 1000 --><!-- /mean -->, then <!-- course {WALKER} "
-    sentence += f"other -->?<!-- /course --> or <!-- mean {WALKER} mine 250 model/new_reward_error"
-    blocks += [f"{sentence} --><!-- /mean -->.", "<!-- no --> stays\n"]
+    sentence += f"other -->?<!-- /course --> or <!-- mean {WALKER} mine 250-750"
+    sentence += " model/new_reward_error --><!-- /mean -->."
+    blocks += [sentence, "<!-- no --> stays\n"]
     text = report.filled("\n".join(blocks), data)
     assert report.filled(text, data) == text
     assert f"It is <!-- mean {WALKER} mine 1000 -->86 [81, 90]<!-- /mean -->, then <!--" in text
